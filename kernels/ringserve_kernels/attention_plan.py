@@ -1,0 +1,229 @@
+"""AttentionPlan: how a rank's attention of one step is cut into tiles. Built once per step, used by every layer.
+
+All decisions are made here, on the host, from token indices alone:
+
+    keys of one sequence on this rank, by index        rows of the chunk: r0 .. r1
+    [ past: at or before r0            ][ frontier: r0 .. r1 ]
+      long runs of adjacent slots:        tiles of rows; per tile the long runs before its
+      dense, no mask, no copy             first row are dense too, the rest is gathered and
+                                          masked by index, tiles of equal shape in one call
+
+A window layer gathers, per tile of rows, only the keys inside the window.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ringserve_kernels.merge import Rows
+
+Ints = NDArray[np.int64]
+
+TILE_ROWS = 256
+DENSE_KEYS = 512
+"""Shorter runs are gathered: below this the dense op's own cost per call dominates."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlocks:
+    """Blocks of keys of one sequence in one storage, in ascending order of token index."""
+
+    first: Ints
+    """[n] token index of each block's first key."""
+    length: Ints
+    """[n] keys in each block."""
+    offset: Ints
+    """[n] where each block's keys begin on the token axis of the storage."""
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.length.sum())
+
+    def take(self, which: "slice | NDArray[np.bool_]") -> "KeyBlocks":
+        return KeyBlocks(self.first[which], self.length[which], self.offset[which])
+
+    def in_reach(self, row_index: Ints, window: int | None) -> "KeyBlocks":
+        """The blocks with at least one key that at least one of these rows (ascending) may see."""
+        if len(row_index) == 0 or len(self) == 0:
+            return self.take(slice(0, 0))
+        stop = int(np.searchsorted(self.first, row_index[-1], side="right"))
+        start = 0
+        if window is not None:
+            last = self.first + self.length - 1
+            start = int(np.searchsorted(last, row_index[0] - window, side="right"))
+        return self.take(slice(start, max(start, stop)))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(offset, length) of the stretches that are contiguous in the storage, in order."""
+        if len(self) == 0:
+            return []
+        ends = self.offset + self.length
+        cuts = np.flatnonzero(self.offset[1:] != ends[:-1]) + 1
+        starts = np.concatenate(([0], cuts))
+        stops = np.concatenate((cuts, [len(self)]))
+        return [(int(self.offset[a]), int(ends[b - 1] - self.offset[a])) for a, b in zip(starts, stops)]
+
+    def keys(self) -> tuple[Ints, Ints]:
+        """(token index, storage offset) of every single key, ascending."""
+        within = np.arange(self.tokens) - np.repeat(np.cumsum(self.length) - self.length, self.length)
+        return np.repeat(self.first, self.length) + within, np.repeat(self.offset, self.length) + within
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """The rows of one sequence: consecutive in q from `start`, with these token indices, ascending."""
+
+    start: int
+    index: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTile:
+    """Rows [row_start, row_stop) see all keys [key_start, key_stop) of the storage."""
+
+    row_start: int
+    row_stop: int
+    key_start: int
+    key_stop: int
+
+
+@dataclass(slots=True)
+class GatheredTiles:
+    """N tiles of equal shape: their rows and keys are gathered, a mask says what each row sees."""
+
+    rows_NT: Tensor
+    """int64, row of q; padding repeats row 0 and is dropped by `valid`."""
+    keys_NS: Tensor
+    """int64, offset in the storage; padding repeats the tile's first key and is masked: what lies elsewhere may be
+    another sequence's, even NaN, and 0 * NaN is NaN."""
+    visible_NTS: Tensor
+    valid: Tensor
+    """int64: which of the flattened N*T rows are real."""
+    target: Rows = field(init=False)
+    """The rows of q that the real ones are, in that order."""
+    bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = self.rows_NT.flatten()[self.valid]
+        first, count = int(rows[0]), len(rows)
+        straight = torch.equal(rows, torch.arange(first, first + count, device=rows.device))
+        self.target = slice(first, first + count) if straight else rows
+
+    def bias_NTS(self, dtype: torch.dtype) -> Tensor:
+        """The mask as 0 / -inf, made once per step and dtype."""
+        if dtype not in self.bias:
+            zero = torch.zeros(self.visible_NTS.shape, dtype=dtype, device=self.visible_NTS.device)
+            self.bias[dtype] = zero.masked_fill(~self.visible_NTS, -torch.inf)
+        return self.bias[dtype]
+
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    rows: int
+    dense: list[DenseTile]
+    gathered: list[GatheredTiles]
+
+
+@dataclass(slots=True)
+class _Tile:
+    rows: Ints
+    row_index: Ints
+    key_index: Ints
+    key_offset: Ints
+
+
+def plan_attention(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], window: int | None,
+                   device: torch.device | None = None) -> AttentionPlan:
+    """Cut the attention of a ragged batch into tiles. `rows` is the number of rows of q."""
+    dense: list[DenseTile] = []
+    tiles: list[_Tile] = []
+    for span, blocks in sequences:
+        reach = blocks.in_reach(span.index, window)
+        if len(reach):
+            if window is not None and span.index[-1] - reach.first[0] >= window:
+                tiles.extend(_window_tiles(span, reach, window))
+            else:
+                _causal_tiles(span, reach, dense, tiles)
+    return AttentionPlan(rows, dense, _batch(tiles, window, device or torch.device("cpu")))
+
+
+def _causal_tiles(span: RowSpan, blocks: KeyBlocks, dense: list[DenseTile], tiles: list[_Tile]) -> None:
+    last = blocks.first + blocks.length - 1
+    past = int(np.searchsorted(last, span.index[0], side="right"))
+    short = [_dense(span, 0, len(span.index), blocks.take(slice(0, past)), dense)]
+    frontier = blocks.take(slice(past, None))
+    frontier_last = last[past:]
+    step = TILE_ROWS if len(frontier) else max(len(span.index), 1)
+    for a in range(0, len(span.index), step):
+        b = min(a + step, len(span.index))
+        before = int(np.searchsorted(frontier_last, span.index[a], side="right"))
+        until = int(np.searchsorted(frontier.first, span.index[b - 1], side="right"))
+        rest = [_dense(span, a, b, frontier.take(slice(0, before)), dense), frontier.take(slice(before, until))]
+        index, offset = (np.concatenate(parts) for parts in zip(*(part.keys() for part in short + rest)))
+        if len(index):
+            tiles.append(_Tile(np.arange(span.start + a, span.start + b), span.index[a:b], index, offset))
+
+
+def _dense(span: RowSpan, a: int, b: int, blocks: KeyBlocks, dense: list[DenseTile]) -> KeyBlocks:
+    """Add dense tiles for the long runs of these blocks; return the blocks of the short ones."""
+    if len(blocks) == 0:
+        return blocks
+    keep = np.ones(len(blocks), dtype=bool)
+    for offset, length in blocks.runs():
+        if length >= DENSE_KEYS:
+            dense.append(DenseTile(span.start + a, span.start + b, offset, offset + length))
+            keep &= (blocks.offset < offset) | (blocks.offset >= offset + length)
+    return blocks.take(keep)
+
+
+def _window_tiles(span: RowSpan, blocks: KeyBlocks, window: int) -> Iterable[_Tile]:
+    index, offset = blocks.keys()
+    step = min(TILE_ROWS, max(64, window))
+    for a in range(0, len(span.index), step):
+        b = min(a + step, len(span.index))
+        low = int(np.searchsorted(index, span.index[a] - window, side="right"))
+        high = int(np.searchsorted(index, span.index[b - 1], side="right"))
+        if high > low:
+            yield _Tile(np.arange(span.start + a, span.start + b), span.index[a:b], index[low:high], offset[low:high])
+
+
+def _padded(size: int, unit: int) -> int:
+    """The next power of two up to `unit`, then the next multiple of it: few shapes, little padding."""
+    return -(-size // unit) * unit if size > unit else 1 << (size - 1).bit_length()
+
+
+def _batch(tiles: list[_Tile], window: int | None, device: torch.device) -> list[GatheredTiles]:
+    """Stack tiles whose padded shapes agree, so that many short sequences cost one call."""
+    shapes: dict[tuple[int, int], list[_Tile]] = {}
+    for tile in tiles:
+        shape = (_padded(len(tile.rows), 64), _padded(len(tile.key_index), 256))
+        shapes.setdefault(shape, []).append(tile)
+    return [_stack(group, t, s, window, device) for (t, s), group in shapes.items()]
+
+
+def _stack(group: list[_Tile], t: int, s: int, window: int | None, device: torch.device) -> GatheredTiles:
+    n = len(group)
+    rows = np.zeros((n, t), dtype=np.int64)
+    keys = np.zeros((n, s), dtype=np.int64)
+    # A padded row lies before every key and a padded key after every row: neither is ever visible.
+    row_index = np.full((n, t), -1, dtype=np.int64)
+    key_index = np.full((n, s), np.iinfo(np.int64).max, dtype=np.int64)
+    for i, tile in enumerate(group):
+        rows[i, : len(tile.rows)] = tile.rows
+        row_index[i, : len(tile.rows)] = tile.row_index
+        keys[i] = tile.key_offset[0]
+        keys[i, : len(tile.key_index)] = tile.key_offset
+        key_index[i, : len(tile.key_index)] = tile.key_index
+    visible = key_index[:, None, :] <= row_index[:, :, None]
+    if window is not None:
+        visible &= key_index[:, None, :] > row_index[:, :, None] - window
+    valid = np.flatnonzero(row_index >= 0)
+    return GatheredTiles(*(torch.from_numpy(x).to(device) for x in (rows, keys, visible, valid)))

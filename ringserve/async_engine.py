@@ -1,0 +1,308 @@
+"""AsyncEngine: the engine process as seen from asyncio. Requests go in, each gets a stream of RequestOutput."""
+
+import asyncio
+import importlib.metadata
+import socket
+import struct
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ringserve.channel import encode_frame
+from ringserve.config import EngineConfig
+from ringserve.detokenizer import Detokenizer
+from ringserve.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    EngineError,
+    InvalidValueError,
+    RingserveError,
+    RingTimeoutError,
+    StartupError,
+    UnsupportedModelError,
+)
+from ringserve.outputs import RequestOutput, TokenLogprob, Usage
+from ringserve.plan import pack_ids
+from ringserve.processes import ChildProcess
+from ringserve.sampling_params import SamplingParams
+from ringserve.tokenizer import Tokenizer
+from ringserve.updates import (
+    AddRequest,
+    CancelRequest,
+    EngineFailed,
+    EngineReady,
+    EngineSetup,
+    Report,
+    RequestUpdate,
+    StartupFailed,
+    Updates,
+)
+
+NEEDLE = "needle"
+"""The name of the embedded model."""
+
+_STARTUP_ERRORS: dict[str, type[RingserveError]] = {cls.__name__: cls for cls in (
+    StartupError, ConfigError, CheckpointError, UnsupportedModelError, RingTimeoutError, EngineDeadError)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What clients may know of a running engine."""
+
+    model_name: str
+    max_model_len: int
+    """Longest prompt and output together, in tokens: the model's limit and the cache's."""
+    vocab_size: int
+    ring_size: int
+    version: str
+    default_sampling: dict[str, float]
+    kv_capacity_tokens: int
+    dtype: str
+    decisions: tuple[str, ...]
+    pids: tuple[int, ...]
+    """Of the engine, then of each rank."""
+
+
+class AsyncEngine:
+    """Use `await AsyncEngine.start(config)`; `close()` ends all its processes."""
+
+    def __init__(self, process: ChildProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+                 info: EngineInfo, tokenizer: Tokenizer, end_token_ids: tuple[int, ...]) -> None:
+        self.info, self.tokenizer = info, tokenizer
+        self.dead: EngineDeadError | None = None
+        self._process, self._reader, self._writer = process, reader, writer
+        self._end_token_ids = end_token_ids
+        self._streams: dict[str, RequestStream] = {}
+        self._death = asyncio.Event()
+        self._closing = False
+        self._pump = asyncio.create_task(self._read(), name="engine updates")
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> "AsyncEngine":
+        """Start the engine and its ranks, load the model, warm up.
+
+        Raises StartupError (the operator's) or EngineError (ours)."""
+        from ringserve.model.checkpoint import read_checkpoint
+
+        directory = await asyncio.to_thread(resolve_model, config.model.model)
+        checkpoint = await asyncio.to_thread(read_checkpoint, replace(config.model, model=directory))
+        tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        process = ChildProcess("ringserve.engine_process", Report)
+        try:
+            reader, writer = await _streams_of(process.socket)
+            writer.write(encode_frame(EngineSetup(config=config, checkpoint=directory)))
+            try:
+                ready = await _receive(reader)
+            except (asyncio.IncompleteReadError, OSError):
+                raise EngineDeadError(f"the engine process ended while it started (exit code "
+                                      f"{process.exit_code(1.0)})") from None
+            if isinstance(ready, StartupFailed):
+                error = _STARTUP_ERRORS.get(ready.kind, EngineDeadError)
+                raise EngineDeadError(ready.message, ready.rank) if error is EngineDeadError else error(ready.message)
+            assert isinstance(ready, EngineReady), type(ready)
+        except BaseException:
+            await asyncio.to_thread(process.close)
+            raise
+        info = EngineInfo(
+            model_name=config.model.model if config.model.model == NEEDLE else Path(directory).resolve().name,
+            max_model_len=ready.max_model_len, vocab_size=checkpoint.vocab_size, ring_size=ready.ring_size,
+            version=importlib.metadata.version("ringserve"), default_sampling=checkpoint.default_sampling,
+            kv_capacity_tokens=ready.kv_capacity_tokens, dtype=ready.dtype, decisions=tuple(ready.decisions),
+            pids=(process.pid, *ready.pids))
+        return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids)
+
+    # Requests
+
+    def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *, request_id: str,
+               return_progress: bool = False) -> AsyncIterator[RequestOutput]:
+        """Queue a request. Raises RequestError or EngineDeadError at once, before any work is done.
+
+        The stream ends after the output with a finish reason, or raises EngineError. Leaving it early does not
+        stop the request: `cancel` does."""
+        if self.dead is not None:
+            raise self.dead
+        if request_id in self._streams:
+            raise InvalidValueError(f"request id {request_id!r} is already in use", "request_id")
+        token_ids = self.validate(prompt_token_ids, params)
+        stream = RequestStream(self, request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params))
+        self._streams[request_id] = stream
+        self._send(AddRequest(request_id=request_id, token_ids=pack_ids(token_ids), params=params,
+                              end_token_ids=self._end_token_ids, return_progress=return_progress))
+        return stream
+
+    def validate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams) -> "array[int]":
+        """The prompt as u32 ids, found to fit. Raises RequestError."""
+        if len(prompt_token_ids) == 0:
+            raise InvalidValueError("the prompt is empty: it needs at least one token", "prompt")
+        vocabulary = self.info.vocab_size
+        try:
+            token_ids = array("I", prompt_token_ids)
+        except (OverflowError, TypeError) as error:
+            raise InvalidValueError(f"token ids must be integers in 0 to {vocabulary - 1}", "prompt") from error
+        if (largest := max(token_ids)) >= vocabulary:
+            raise InvalidValueError(f"token id {largest} is outside the vocabulary of {vocabulary}", "prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if outside := [token for token in ids if token >= vocabulary]:
+                raise InvalidValueError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}", name)
+        limit, output = self.info.max_model_len, params.max_tokens or 1
+        if len(token_ids) + output > limit:
+            raise ContextLengthError(len(token_ids), output, limit)
+        return token_ids
+
+    async def cancel(self, request_id: str) -> None:
+        """Stop a request before the next step. Nothing happens when it has ended already."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None and self.dead is None and not self._closing:
+            self._send(CancelRequest(request_id=request_id))
+            stream.fail(EngineError("the request was cancelled"))
+
+    # Life
+
+    async def died(self) -> EngineDeadError:
+        """Returns when the engine or one of its ranks is gone."""
+        await self._death.wait()
+        assert self.dead is not None
+        return self.dead
+
+    async def close(self) -> None:
+        """End the engine and its ranks; open requests end with an error. Returns when they are gone."""
+        if not self._closing:
+            self._closing = True
+            self._pump.cancel()
+            self._die(EngineDeadError("the engine was closed"))
+            self._writer.transport.abort()
+            await asyncio.to_thread(self._process.close)
+
+    def _send(self, command: Any) -> None:
+        self._writer.write(encode_frame(command))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                report = await _receive(self._reader)
+                if isinstance(report, Updates):
+                    for update in report.updates:
+                        if (stream := self._streams.get(update.request_id)) is not None:
+                            stream.feed(update)
+                elif isinstance(report, EngineFailed):
+                    self._die(EngineDeadError(report.message, report.rank))
+                    return
+        except (asyncio.IncompleteReadError, OSError):
+            code = await asyncio.to_thread(self._process.exit_code, 2.0)
+            how = "closed its connection" if code is None else (
+                f"was ended by signal {-code}" if code < 0 else f"exited with code {code}")
+            self._die(EngineDeadError(f"the engine process {how}"))
+
+    def _die(self, error: EngineDeadError) -> None:
+        if self.dead is None:
+            self.dead = error
+            self._death.set()
+            streams, self._streams = self._streams, {}
+            for stream in streams.values():
+                stream.fail(error)
+
+
+class RequestStream:
+    """Iterates over a request's outputs. What a slow reader has not taken is joined, so it holds no more than
+    the answer itself."""
+
+    def __init__(self, engine: AsyncEngine, request_id: str, prompt_tokens: int, detokenizer: Detokenizer) -> None:
+        self._engine, self.request_id, self._detokenizer = engine, request_id, detokenizer
+        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
+        self._pending: list[RequestUpdate] = []
+        self._arrived = asyncio.Event()
+        self._error: EngineError | None = None
+        self._finished = False
+
+    def feed(self, update: RequestUpdate) -> None:
+        if self._pending and not update.token_ids and not self._pending[-1].token_ids and update.error is None:
+            self._pending.pop()
+        self._pending.append(update)
+        if update.finish_reason is not None:
+            self._engine._streams.pop(self.request_id, None)
+        self._arrived.set()
+
+    def fail(self, error: EngineError) -> None:
+        self._error = error
+        self._arrived.set()
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while True:
+            if self._finished:
+                raise StopAsyncIteration
+            await self._arrived.wait()
+            if not self._pending:
+                assert self._error is not None
+                self._finished = True
+                raise self._error
+            pending, self._pending = self._pending, []
+            if self._error is None:
+                self._arrived.clear()
+            output = await self._joined(pending)
+            self._finished = output.finish_reason is not None
+            return output
+
+    async def _joined(self, updates: list[RequestUpdate]) -> RequestOutput:
+        last = updates[-1]
+        if last.error is not None:
+            self._finished = True
+            raise EngineError(last.error)
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        text = ""
+        reason: str | None = None
+        stop_reason: str | int | None = None
+        for update in updates:
+            token_ids += update.token_ids
+            logprobs += update.logprobs
+            # The token that ended the answer is not part of its text.
+            shown = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
+            text += self._detokenizer.add(shown)
+            if self._detokenizer.stop is None and update.finish_reason is not None:
+                text += self._detokenizer.finish()
+                reason = update.finish_reason
+                if update.stop_token_id not in self._engine._end_token_ids:
+                    stop_reason = update.stop_token_id
+        if self._detokenizer.stop is not None:
+            reason, stop_reason = "stop", self._detokenizer.stop
+        self._output_tokens += len(token_ids)
+        usage = last.usage
+        if reason is not None and last.finish_reason is None:
+            # A stop string: the engine does not know text, so it is told.
+            usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._output_tokens)
+            await self._engine.cancel(self.request_id)
+        return RequestOutput(
+            request_id=self.request_id, text=text, token_ids=token_ids, logprobs=logprobs,
+            progress=next((u.progress for u in reversed(updates) if u.progress is not None), None),
+            finish_reason=reason, stop_reason=stop_reason, usage=usage)
+
+
+def resolve_model(model: str) -> str:
+    """The directory of a model: `needle` is made when it is first asked for."""
+    if model == NEEDLE:
+        from ringserve.needle import needle_directory
+
+        return str(needle_directory())
+    return model
+
+
+async def _streams_of(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    sock.setblocking(False)
+    return await asyncio.open_connection(sock=sock)
+
+
+async def _receive(reader: asyncio.StreamReader) -> Report:
+    size = struct.unpack("<I", await reader.readexactly(4))[0]
+    return _DECODER.decode(await reader.readexactly(size))
+
+
+_DECODER: "msgspec.msgpack.Decoder[Report]" = msgspec.msgpack.Decoder(Report)

@@ -1,0 +1,115 @@
+"""Configuration: a few frozen values. The command line is generated from these fields and their texts."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ringserve.errors import ConfigError
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+RingMode = Literal["auto", "pass-kv", "pass-q"]
+TransportName = Literal["auto", "shm", "gloo", "nccl"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model: str
+    """A directory with a Hugging Face checkpoint (safetensors), or `needle` for the embedded model."""
+
+    dtype: Dtype = "auto"
+    """Number format of weights, activations and KV cache; `auto` takes the checkpoint's."""
+
+    max_model_len: int | None = None
+    """Longest context in tokens, prompt and output together. Unset: what the checkpoint was made for."""
+
+    rope_scaling: str | None = None
+    """Rotary scaling as JSON, in transformers' words, to extend the context on request, for example
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "the model must be a directory or `needle`, got an empty name")
+        _require(self.max_model_len is None or self.max_model_len > 0,
+                 f"max_model_len must be positive, got {self.max_model_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    block_size: int = 64
+    """Tokens in a block of the KV cache."""
+
+    kv_cache_gib: float | None = None
+    """GiB of KV cache over all ranks. Unset: 60% of the memory that is free after loading."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.block_size <= 4096, f"block_size must be in 1 to 4096 tokens, got {self.block_size}")
+        _require(self.kv_cache_gib is None or self.kv_cache_gib > 0,
+                 f"kv_cache_gib must be positive, got {self.kv_cache_gib}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingConfig:
+    ring_size: int = 1
+    """Ranks in the ring; each holds a share of every long prompt's KV cache."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; `auto` takes CUDA devices when there are enough of them."""
+
+    threads_per_rank: int | None = None
+    """CPU threads of each rank. Unset: the cores divided by the ranks, at least one."""
+
+    transport: TransportName = "auto"
+    """How ranks exchange tensors: `shm` (shared memory on one host), `nccl` (GPUs), `gloo` (sockets)."""
+
+    ring_mode: RingMode = "auto"
+    """What travels in prefill: keys and values, queries, or whichever the cost model predicts is faster."""
+
+    ring_segment: int = 8192
+    """Most tokens of KV in one message of the ring."""
+
+    ring_timeout_s: float = 120.0
+    """Seconds a rank waits for a peer's message before the step is given up."""
+
+    step_timeout_s: float = 1800.0
+    """Seconds in which every rank must have reported a step."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.ring_size <= 64, f"ring_size must be in 1 to 64, got {self.ring_size}")
+        _require(self.threads_per_rank is None or self.threads_per_rank > 0,
+                 f"threads_per_rank must be positive, got {self.threads_per_rank}")
+        _require(self.ring_segment >= 1, f"ring_segment must be at least 1 token, got {self.ring_segment}")
+        for name in ("ring_timeout_s", "step_timeout_s"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    max_chunk_tokens: int = 2048
+    """Most new tokens in one step, over all requests and ranks."""
+
+    max_running_requests: int = 256
+    """Most requests that hold KV blocks at the same time; more wait in the queue."""
+
+    max_waiting_requests: int = 4096
+    """Most requests in the queue; more are refused."""
+
+    output_reserve: int = 2048
+    """Output tokens for which blocks are set aside when a request starts; more are taken as it grows."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_chunk_tokens", "max_running_requests", "max_waiting_requests", "output_reserve"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.max_chunk_tokens >= self.max_running_requests,
+                 f"max_chunk_tokens ({self.max_chunk_tokens}) must be at least max_running_requests "
+                 f"({self.max_running_requests}), else decoding requests would starve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -1,0 +1,110 @@
+"""LLMEngine: schedule, execute, update. What it starts with is decided here, once, and said."""
+
+import random
+import time
+from array import array
+
+from ringserve.block_pool import BlockPool
+from ringserve.config import EngineConfig
+from ringserve.cost_model import CostModel, Machine
+from ringserve.errors import ConfigError
+from ringserve.executor import Executor
+from ringserve.plan import unpack_ids
+from ringserve.rank_messages import CacheReady
+from ringserve.request import Request
+from ringserve.sampling_params import SamplingParams
+from ringserve.scheduler import Scheduler
+from ringserve.updates import AddRequest, RequestUpdate
+
+CACHE_SHARE = 0.6
+"""Of the memory that is free after the largest step has been run once."""
+WARM_UP = "warm-up"
+
+
+class LLMEngine:
+    def __init__(self, config: EngineConfig, executor: Executor, max_model_len: int, vocab_size: int,
+                 element_bytes: int) -> None:
+        self.config, self.executor = config, executor
+        self._vocab_size, self._element_bytes = vocab_size, element_bytes
+        self._handles = 0
+        self.decisions: list[str] = []
+        self._size_cache(max_model_len)
+
+    def step(self) -> list[RequestUpdate]:
+        plan = self.scheduler.schedule()
+        output = self.executor.execute(plan)
+        return self.scheduler.update(plan, output)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, command: AddRequest) -> None:
+        """Queue a request. Raises RequestError when it cannot be queued."""
+        params = command.params
+        token_ids = unpack_ids(command.token_ids)
+        room = self.max_model_len - len(token_ids)
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._handles += 1
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        self.scheduler.add(Request(
+            request_id=command.request_id, handle=self._handles, token_ids=token_ids, params=params, seed=seed,
+            end_token_ids=command.end_token_ids, max_total_tokens=len(token_ids) + most,
+            ranks=list(range(self.executor.ring_size)), arrival=time.monotonic(),
+            return_progress=command.return_progress))
+
+    def cancel(self, request_id: str) -> None:
+        self.scheduler.cancel(request_id)
+
+    # Start-up
+
+    def _size_cache(self, max_model_len: int) -> None:
+        """Run the largest chunk once in a small cache, then give the cache what memory is left."""
+        block, ring = self.config.cache.block_size, self.executor.ring_size
+        chunk = min(self.config.scheduler.max_chunk_tokens, max_model_len - 1)
+        block_bytes = block * self.executor.kv_bytes_per_token
+        self.max_model_len = max_model_len
+        slots = -(-(-(-(chunk + 1) // block)) // ring) + 1
+        self._begin(slots, self.executor.allocate(slots))
+        self._warm_up(chunk)
+
+        ready = self.executor.allocate(slots)
+        if self.config.cache.kv_cache_gib is not None:
+            slots, why = int(self.config.cache.kv_cache_gib * 2**30 / block_bytes / ring), "asked for"
+        else:
+            free = min(rank.free_bytes for rank in ready) // self._ranks_sharing_memory()
+            slots, why = int(free * CACHE_SHARE / block_bytes), f"{CACHE_SHARE:.0%} of free memory"
+        # Slots that no request could ever use would only be scanned.
+        slots = min(slots, max(64, -(-max_model_len // block) * self.config.scheduler.max_running_requests // ring))
+        capacity = slots * block * ring
+        if slots < 1:
+            raise ConfigError(f"the KV cache has no room for one block of {block} tokens ({block_bytes} bytes) on "
+                              f"each of {ring} ranks: give more memory (kv_cache_gib) or a smaller block_size")
+        self.max_model_len = min(max_model_len, capacity)
+        self._begin(slots, self.executor.allocate(slots))
+        self.decisions += [
+            f"KV cache: {capacity} tokens ({capacity * self.executor.kv_bytes_per_token / 2**30:.2f} GiB, {why}), "
+            f"{slots} blocks of {block} on each rank",
+            f"longest prompt and output together: {self.max_model_len} tokens (the model's limit is {max_model_len})"]
+
+    def _ranks_sharing_memory(self) -> int:
+        return self.executor.ring_size if self.executor.shares_host_memory else 1
+
+    def _begin(self, slots: int, ready: list[CacheReady]) -> None:
+        machine = Machine(flops=min(r.attention_flops for r in ready), element_bytes=self._element_bytes,
+                          link_bytes_per_s=min(r.link_bytes_per_s for r in ready) or float("inf"))
+        mode = self.config.ring.ring_mode
+        cost = CostModel(self.executor.groups, self.executor.linear_flops_per_token, self.executor.ring_size, machine,
+                         None if mode == "auto" else mode)
+        pool = BlockPool(self.executor.ring_size, len(self.executor.groups), slots)
+        self.scheduler = Scheduler(self.config.scheduler, self.config.cache.block_size, pool, cost)
+        self.scheduler.epoch = self.executor.epoch
+        self.pool, self.machine = pool, machine
+
+    def _warm_up(self, tokens: int) -> None:
+        rng = random.Random(0)
+        prompt = array("I", [rng.randrange(self._vocab_size) for _ in range(tokens)])
+        self.add(AddRequest(request_id=WARM_UP, token_ids=prompt.tobytes(), end_token_ids=(),
+                            params=SamplingParams(max_tokens=1, temperature=0)))
+        while self.has_work:
+            self.step()

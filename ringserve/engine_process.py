@@ -1,0 +1,146 @@
+"""The engine: scheduler and supervisor of the ranks. `python -m ringserve.engine_process CONTROL_FD`.
+
+Ends when its control socket closes, and takes its ranks along: their sockets close with it.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from ringserve.channel import Channel, ChannelClosedError, Inbox
+from ringserve.engine import LLMEngine
+from ringserve.errors import EngineDeadError, EngineError, RequestError, RingserveError
+from ringserve.executor import LocalExecutor
+from ringserve.processes import GRACE_S
+from ringserve.updates import (
+    AddRequest,
+    CancelRequest,
+    Command,
+    EngineFailed,
+    EngineReady,
+    EngineSetup,
+    RequestUpdate,
+    StartupFailed,
+    Updates,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class EngineProcess:
+    def __init__(self, control: Channel[Command]) -> None:
+        self._control = control
+        self._executor: LocalExecutor | None = None
+        self._abandoned = threading.Event()
+        self._inbox = Inbox(control, on_close=self._abandon)
+
+    def run(self) -> int:
+        """Serve until the ranks fail (1) or cannot start (2)."""
+        try:
+            code = self._run()
+        except ChannelClosedError:
+            code = 0
+        if self._abandoned.is_set():
+            threading.Event().wait(2 * GRACE_S)  # the other thread ends the process
+        elif self._executor is not None:
+            self._executor.close()
+        return code
+
+    def _abandon(self) -> None:
+        """The client is gone, whatever this process is doing: take the ranks along, leave nothing behind."""
+        self._abandoned.set()
+        if self._executor is not None:
+            self._executor.close()
+        os._exit(0)
+
+    def _run(self) -> int:
+        try:
+            self._startup()
+        except RingserveError as error:
+            self._control.send(StartupFailed(kind=type(error).__name__, message=error.message,
+                                             rank=getattr(error, "rank", None)))
+            return 2
+        try:
+            self._main_loop()
+        except EngineError as error:
+            rank = error.rank if isinstance(error, EngineDeadError) else None
+            self._control.send(EngineFailed(message=error.message, rank=rank))
+            return 1
+        except Exception as error:
+            if self._abandoned.is_set():
+                return 0
+            logger.exception("the engine stops on an error of its own")
+            self._control.send(EngineFailed(message=f"the engine failed: {type(error).__name__}: {error}"))
+            return 1
+        return 0
+
+    def _startup(self) -> None:
+        from ringserve.config import ModelConfig
+        from ringserve.devices import place_ranks
+        from ringserve.model.checkpoint import read_checkpoint
+
+        setup = self._inbox.get()
+        assert isinstance(setup, EngineSetup)
+        config = setup.config
+        checkpoint = read_checkpoint(ModelConfig(
+            model=setup.checkpoint, dtype=config.model.dtype, max_model_len=config.model.max_model_len,
+            rope_scaling=config.model.rope_scaling))
+        placement = place_ranks(config.ring)
+        self._executor = LocalExecutor(config.ring.ring_size, placement, config.ring.step_timeout_s)
+        self._executor.load(config, setup.checkpoint, checkpoint.dtype)
+        element = {"float64": 8, "float32": 4}.get(checkpoint.dtype, 2)
+        self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size, element)
+        machine = self._engine.machine
+        self._control.send(EngineReady(
+            ring_size=config.ring.ring_size, max_model_len=self._engine.max_model_len,
+            kv_capacity_tokens=self._engine.pool.total * config.cache.block_size,
+            kv_bytes_per_token=self._executor.kv_bytes_per_token, dtype=checkpoint.dtype, pids=self._executor.pids,
+            decisions=[
+                f"model: {checkpoint.architecture} in {Path(setup.checkpoint).name}, {checkpoint.dtype}, "
+                f"{checkpoint.weight_bytes / 2**30:.2f} GiB of weights",
+                *placement.reasons,
+                *(f"attention, {path}" for path in self._executor.attention),
+                f"measured: {machine.flops / 1e9:.0f} GFLOP/s of attention a rank"
+                + (f", {machine.link_bytes_per_s / 2**30:.1f} GiB/s to the next rank"
+                   if config.ring.ring_size > 1 else ""),
+                *self._engine.decisions]))
+
+    def _main_loop(self) -> None:
+        """Take commands between steps; without work, wait for one."""
+        while True:
+            for command in self._inbox.drain() if self._engine.has_work else [self._inbox.get()]:
+                self._take(command)
+            if self._engine.has_work:
+                self._send(self._engine.scheduler.waiting_updates())
+                self._send(self._engine.step())
+
+    def _take(self, command: Command) -> None:
+        if isinstance(command, CancelRequest):
+            self._engine.cancel(command.request_id)
+            return
+        assert isinstance(command, AddRequest)
+        try:
+            self._engine.add(command)
+        except RequestError as error:
+            self._send([RequestUpdate(request_id=command.request_id, finish_reason="error", error=error.message)])
+
+    def _send(self, updates: list[RequestUpdate]) -> None:
+        if updates:
+            self._control.send(Updates(updates=updates))
+
+
+def main() -> None:
+    # Ctrl-C goes to the whole foreground group; the engine ends when its client closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    code = EngineProcess(Channel(socket.socket(fileno=int(sys.argv[1])), Command)).run()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a rank measures of its machine at start: attention speed, the link to the next rank, free memory."""
+
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from ringserve_kernels import attend_tile
+
+from ringserve.model.runner import ModelRunner
+from ringserve.ring.group import RingGroup
+
+PROBE_ROWS, PROBE_KEYS = 512, 4096
+LINK_BYTES = 1 << 20
+ROUNDS = 3
+
+
+def attention_flops(runner: ModelRunner) -> float:
+    """FLOP/s of a dense tile of the model's widest-seeing layer."""
+    spec = max((layer.spec for layer in runner.layers), key=lambda s: s.window or 1 << 62)
+    make = dict(dtype=runner.dtype, device=runner.device)
+    q = torch.randn(1, spec.num_heads, PROBE_ROWS, spec.key_dim, **make)  # type: ignore[call-overload]
+    k = torch.randn(1, spec.num_kv_heads, PROBE_KEYS, spec.key_dim, **make)  # type: ignore[call-overload]
+    v = torch.randn(1, spec.num_kv_heads, PROBE_KEYS, spec.value_dim, **make)  # type: ignore[call-overload]
+    best = float("inf")
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        o, _ = attend_tile(q, k, v, spec)
+        float(o.sum())  # waits for a device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * spec.num_heads * PROBE_ROWS * PROBE_KEYS * (spec.key_dim + spec.value_dim) / best
+
+
+def link_bytes_per_s(ring: RingGroup, epoch: int, largest_message: int) -> float:
+    """Bytes/s when every rank sends to the next at once; 0 in a ring of one. All ranks call it."""
+    if ring.size == 1:
+        return 0.0
+    ring.begin_step(0, epoch)
+    size = min(LINK_BYTES, largest_message)
+    best = float("inf")
+    payload = torch.ones(size, dtype=torch.uint8)
+
+    def fill(buffer: torch.Tensor) -> None:
+        buffer.copy_(payload)
+
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        ticket = ring.post(1, size, fill, size)
+        int(ring.wait(ticket)[-1])  # waits for a device
+        ring.release(ticket)
+        best = min(best, time.perf_counter() - started)
+    return size / best
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory to be had: of the GPU, or of the host within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)

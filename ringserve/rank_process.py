@@ -1,0 +1,140 @@
+"""A rank: loads the model, then runs plan after plan. `python -m ringserve.rank_process CONTROL_FD`.
+
+The process ends when its control socket closes, whatever it computes at that moment.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from ringserve.channel import Channel, Inbox, exit_now
+from ringserve.config import ModelConfig
+from ringserve.errors import RingserveError
+from ringserve.plan import SchedulerOutput
+from ringserve.rank_messages import (
+    AllocateCache,
+    CacheReady,
+    RankFailed,
+    RankLoaded,
+    RankSetup,
+    ToRank,
+)
+
+if TYPE_CHECKING:
+    from ringserve.ring.group import RingGroup
+
+
+class RankProcess:
+    def __init__(self, control: Channel[ToRank]) -> None:
+        self._control = control
+        self._inbox = Inbox(control, on_close=exit_now)
+        self._rank = -1
+
+    def run(self) -> int:
+        try:
+            while True:
+                self._main(self._inbox.get())
+        except Exception as error:
+            if not isinstance(error, RingserveError):
+                traceback.print_exc()
+            message = error.message if isinstance(error, RingserveError) else f"{type(error).__name__}: {error}"
+            self._control.send(RankFailed(rank=self._rank, kind=type(error).__name__, message=message))
+            return 1
+
+    def _load(self, setup: RankSetup) -> None:
+        import torch
+        from ringserve_kernels import backend
+
+        from ringserve.model.checkpoint import read_checkpoint
+        from ringserve.model.loading import load_checked
+        from ringserve.model.runner import ModelRunner
+
+        self._setup, self._rank = setup, setup.rank
+        torch.set_num_threads(setup.threads)
+        torch.set_grad_enabled(False)
+        device, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        config = setup.config
+        model_config = ModelConfig(model=setup.checkpoint, dtype=config.model.dtype,
+                                   max_model_len=config.model.max_model_len, rope_scaling=config.model.rope_scaling)
+        model, layers = load_checked(read_checkpoint(model_config), device, dtype)
+        self._runner = ModelRunner(model, layers, block_size=config.cache.block_size,
+                                   segment=config.ring.ring_segment, device=device, dtype=dtype)
+        specs = [layer.spec for layer in layers]
+        linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
+        self._control.send(RankLoaded(
+            rank=setup.rank, groups=self._runner.groups,
+            kv_bytes_per_token=sum(g.num_kv_heads * (g.key_dim + g.value_dim) * len(g.layers)
+                                   for g in self._runner.groups) * dtype.itemsize,
+            linear_flops_per_token=2.0 * linear,
+            message_bytes=max(self._message_bytes(s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, dtype.itemsize)
+                              for s in specs),
+            attention=sorted({f"{kind}: {backend(s, device, dtype, masked)}" for s in specs
+                              for kind, masked in (("dense past", False), ("masked frontier", True))})))
+
+    def _message_bytes(self, heads: int, kv_heads: int, key_dim: int, value_dim: int, element: int) -> int:
+        """The largest of: a segment of keys, a chunk's queries, a chunk's partial results."""
+        config = self._setup.config
+        segment = max(config.ring.ring_segment, config.cache.block_size) * kv_heads * (key_dim + value_dim) * element
+        rows = config.scheduler.max_chunk_tokens * heads
+        return max(segment, rows * key_dim * element, rows * (value_dim + 1) * max(4, element))
+
+    def _main(self, message: ToRank) -> None:
+        if isinstance(message, SchedulerOutput):
+            self._control.send(self._runner.execute(message))
+        elif isinstance(message, AllocateCache):
+            self._allocate(message)
+        else:
+            self._load(message)
+
+    def _allocate(self, order: AllocateCache) -> None:
+        from ringserve.model.probes import attention_flops, free_bytes, link_bytes_per_s
+
+        self._runner.ring.close()
+        ring = self._connect(order)
+        self._runner.allocate(order.slots, ring)
+        self._control.send(CacheReady(
+            rank=self._rank, attention_flops=attention_flops(self._runner),
+            link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes),
+            free_bytes=free_bytes(self._runner.device)))
+
+    def _connect(self, order: AllocateCache) -> "RingGroup":
+        from ringserve.ring.group import RingGroup
+
+        setup = self._setup
+        size, timeout = setup.config.ring.ring_size, setup.config.ring.ring_timeout_s
+        if size == 1:
+            return RingGroup(None)
+        if setup.transport == "shm":
+            from ringserve.ring.shared_memory import SharedMemoryTransport
+
+            return RingGroup(SharedMemoryTransport(setup.region_fd, rank=setup.rank, size=size,
+                                                   slot_bytes=order.message_bytes, epoch=order.epoch,
+                                                   timeout_s=timeout))
+        if setup.transport == "gloo":
+            from ringserve.ring.gloo import GlooTransport
+
+            return RingGroup(GlooTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,
+                                           timeout_s=timeout))
+        from ringserve.ring.nccl import NcclTransport
+
+        return RingGroup(NcclTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,
+                                       device=self._runner.device, timeout_s=timeout))
+
+
+def main() -> None:
+    # Ctrl-C goes to the whole foreground group; the ranks end in order, when their engine closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control: Channel[ToRank] = Channel(socket.socket(fileno=int(sys.argv[1])), ToRank)
+    code = RankProcess(control).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What crosses between a client process and the engine process: commands in, updates out."""
+
+import msgspec
+
+from ringserve.config import EngineConfig
+from ringserve.outputs import Progress, TokenLogprob, Usage
+from ringserve.sampling_params import SamplingParams
+
+
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first command."""
+
+    config: EngineConfig
+    checkpoint: str
+    """Directory of the model."""
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    request_id: str
+    token_ids: bytes
+    """Little-endian u32."""
+    params: SamplingParams
+    end_token_ids: tuple[int, ...]
+    return_progress: bool = False
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    request_id: str
+
+
+Command = EngineSetup | AddRequest | CancelRequest
+
+
+class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step gave one request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    progress: Progress | None = None
+    finish_reason: str | None = None
+    """`stop`, `length`, or `error` (see `error`)."""
+    stop_token_id: int | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+class Updates(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All updates of one step, in one message."""
+
+    updates: list[RequestUpdate]
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Loaded, warmed up, waiting for requests."""
+
+    ring_size: int
+    max_model_len: int
+    """Longest prompt plus output: the model's limit and the cache's."""
+    kv_capacity_tokens: int
+    kv_bytes_per_token: int
+    dtype: str
+    decisions: list[str]
+    """What was decided at start and why, a line each."""
+    pids: list[int]
+    """Of the ranks."""
+
+
+class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`kind` is the name of a StartupError class, or EngineDeadError."""
+
+    kind: str
+    message: str
+    rank: int | None = None
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The last message of an engine that cannot go on."""
+
+    message: str
+    rank: int | None = None
+
+
+Report = EngineReady | StartupFailed | Updates | EngineFailed
