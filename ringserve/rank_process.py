@@ -24,6 +24,9 @@ from ringserve.rank_messages import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
+    from ringserve.model.runner import ModelRunner
     from ringserve.ring.group import RingGroup
 
 
@@ -32,17 +35,24 @@ class RankProcess:
         self._control = control
         self._inbox = Inbox(control, on_close=exit_now)
         self._rank = -1
+        self._runner: ModelRunner | None = None
 
     def run(self) -> int:
         try:
             while True:
                 self._main(self._inbox.get())
         except Exception as error:
+            self._abort_ring()
             if not isinstance(error, RingserveError):
                 traceback.print_exc()
             message = error.message if isinstance(error, RingserveError) else f"{type(error).__name__}: {error}"
             self._control.send(RankFailed(rank=self._rank, kind=type(error).__name__, message=message))
             return 1
+
+    def _abort_ring(self) -> None:
+        """Peers that wait for this rank come free at once."""
+        if self._runner is not None:
+            self._runner.ring.abort()
 
     def _load(self, setup: RankSetup) -> None:
         import torch
@@ -62,14 +72,14 @@ class RankProcess:
         model_config = ModelConfig(model=setup.checkpoint, dtype=config.model.dtype,
                                    max_model_len=config.model.max_model_len, rope_scaling=config.model.rope_scaling)
         model, layers = load_checked(read_checkpoint(model_config), device, dtype)
-        self._runner = ModelRunner(model, layers, block_size=config.cache.block_size,
+        self._runner = runner = ModelRunner(model, layers, block_size=config.cache.block_size,
                                    segment=config.ring.ring_segment, device=device, dtype=dtype)
         specs = [layer.spec for layer in layers]
         linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
         self._control.send(RankLoaded(
-            rank=setup.rank, groups=self._runner.groups,
+            rank=setup.rank, groups=runner.groups,
             kv_bytes_per_token=sum(g.num_kv_heads * (g.key_dim + g.value_dim) * len(g.layers)
-                                   for g in self._runner.groups) * dtype.itemsize,
+                                   for g in runner.groups) * dtype.itemsize,
             linear_flops_per_token=2.0 * linear,
             message_bytes=max(self._message_bytes(s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, dtype.itemsize)
                               for s in specs),
@@ -84,25 +94,27 @@ class RankProcess:
         return max(segment, rows * key_dim * element, rows * (value_dim + 1) * max(4, element))
 
     def _main(self, message: ToRank) -> None:
+        if isinstance(message, RankSetup):
+            self._load(message)
+            return
+        assert self._runner is not None, "a rank is set up before anything else"
         if isinstance(message, SchedulerOutput):
             self._control.send(self._runner.execute(message))
-        elif isinstance(message, AllocateCache):
-            self._allocate(message)
         else:
-            self._load(message)
+            self._allocate(self._runner, message)
 
-    def _allocate(self, order: AllocateCache) -> None:
+    def _allocate(self, runner: "ModelRunner", order: AllocateCache) -> None:
         from ringserve.model.probes import attention_flops, free_bytes, link_bytes_per_s
 
-        self._runner.ring.close()
-        ring = self._connect(order)
-        self._runner.allocate(order.slots, ring)
+        runner.ring.close()
+        ring = self._connect(order, runner.device)
+        runner.allocate(order.slots, ring)
         self._control.send(CacheReady(
-            rank=self._rank, attention_flops=attention_flops(self._runner),
+            rank=self._rank, attention_flops=attention_flops(runner),
             link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes),
-            free_bytes=free_bytes(self._runner.device)))
+            free_bytes=free_bytes(runner.device)))
 
-    def _connect(self, order: AllocateCache) -> "RingGroup":
+    def _connect(self, order: AllocateCache, device: "torch.device") -> "RingGroup":
         from ringserve.ring.group import RingGroup
 
         setup = self._setup
@@ -123,7 +135,7 @@ class RankProcess:
         from ringserve.ring.nccl import NcclTransport
 
         return RingGroup(NcclTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,
-                                       device=self._runner.device, timeout_s=timeout))
+                                       device=device, timeout_s=timeout))
 
 
 def main() -> None:

@@ -33,5 +33,5 @@ class Ring(Protocol):
         ...
 
     def release(self, ticket: Ticket) -> None:
-        """The message has been read: its slot may be overwritten."""
+        """The message was waited for and read: its slot may be overwritten. Every ticket is released."""
         ...

@@ -1,0 +1,1 @@
+"""The ring: how tensors travel between the ranks of one epoch."""
