@@ -1,0 +1,1 @@
+"""The HTTP API of ringserve: OpenAI's routes over an AsyncEngine."""

@@ -1,0 +1,80 @@
+"""GenerateResponse: a request for text from its first body byte to the last byte of its answer.
+
+It is one response object, and not a handler that makes one, so that a single block spans the whole life of
+the request: what was opened is left whatever happens.
+"""
+
+import re
+import uuid
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ringserve_api.chat import ChatShape
+from ringserve_api.completions import CompletionShape
+from ringserve_api.engine_port import Tokenizer
+from ringserve_api.generation import Generation, unless_disconnected
+from ringserve_api.prepare import Kind, Prepared, prepare
+from ringserve_api.reply import Answer, Json, Reply, Shape
+from ringserve_api.sse import EventStream
+from ringserve_api.state import ServerState
+
+_ID_PREFIX: dict[Kind, str] = {"completions": "cmpl", "chat": "chatcmpl"}
+MAX_IGNORED_NAMES = 16
+FIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class GenerateResponse(Response):
+    def __init__(self, state: ServerState, kind: Kind) -> None:
+        super().__init__()
+        self._state = state
+        self._kind: Kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = self._state
+        with state.open_request():
+            prepared = await self._prepare(Request(scope, receive))
+            # Ours, not the client's x-request-id: two clients may choose the same.
+            request_id = f"{_ID_PREFIX[self._kind]}-{uuid.uuid4().hex}"
+            headers = ignored_header(prepared.ignored)
+            reply = Reply(_shape(prepared, state.tokenizer), prepared, state.model, request_id)
+            async with state.open_generation(prepared, request_id) as generation:
+                if prepared.stream:
+                    response: Response = EventStream(generation, reply, headers, state.config.keep_alive_s)
+                else:
+                    answer = await unless_disconnected(receive, _collect(generation, reply))
+                    response = Response(msgspec.json.encode(answer), 200, headers, "application/json")
+                await response(scope, receive, send)
+
+    async def _prepare(self, request: Request) -> Prepared:
+        state = self._state
+        async with state.bodies.read(request) as body:
+            if len(body) <= state.config.inline_body_kib << 10:
+                return prepare(self._kind, body, state.tokenizer, state.model)
+            return await unless_disconnected(request.receive, state.prompt_worker.prepare(self._kind, body))
+
+
+async def _collect(generation: Generation, reply: Reply) -> Json:
+    answer = Answer()
+    while answer.last is None or answer.last.finish_reason is None:
+        output = await generation.next()
+        assert output is not None, "without a time-out there is always an event"
+        answer.add(output)
+    return reply.whole(answer)
+
+
+def _shape(prepared: Prepared, tokenizer: Tokenizer) -> Shape:
+    kind = CompletionShape if prepared.kind == "completions" else ChatShape
+    return kind(prepared, tokenizer)
+
+
+def ignored_header(names: list[str]) -> dict[str, str]:
+    """Names the fields that had no effect, as far as they are fit for a header."""
+    if not names:
+        return {}
+    shown = [name for name in names[:MAX_IGNORED_NAMES] if FIT_NAME.fullmatch(name)]
+    if len(shown) < len(names):
+        shown.append(f"+{len(names) - len(shown)}")
+    return {"x-ringserve-ignored": ", ".join(shown)}

@@ -1,0 +1,183 @@
+"""Server: the life of the HTTP server around one engine.
+
+serve -> startup / main_loop / shutdown. It ends when it is asked to (SIGINT, SIGTERM or `shut_down`)
+or when the engine dies. The first signal drains: open requests go on, new ones are refused; a second aborts.
+"""
+
+import asyncio
+import contextlib
+import errno
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from ringserve.errors import ConfigError, EngineDeadError
+from ringserve_api.app import create_app
+from ringserve_api.config import ServerConfig, is_loopback
+from ringserve_api.engine_port import Engine, Tokenizer
+from ringserve_api.errors import ApiError, ListenError
+from ringserve_api.state import ServerState
+
+MAX_HEADER_BYTES = 64 << 10
+CONNECTION_IDLE_S = 75
+LAST_WORDS_S = 5
+"""For streams to write their last event and for connections to close, once nothing is left to wait for."""
+
+
+async def run_server(engine: Engine, tokenizer: Tokenizer, config: ServerConfig, *,
+                     listener: socket.socket | None = None) -> int:
+    """Serve until a signal or the engine's death; closes the engine. Returns the process's exit code.
+
+    0 after a drain, 1 when the engine died, 128 + the signal's number after a second signal.
+    `listener` is what `bind_socket` gave, for whoever wants to know that the port is free before loading a
+    model; without it the address is bound here, and ListenError raised when it is taken.
+    """
+    return await Server(engine, tokenizer, config, listener=listener).serve()
+
+
+def bind_socket(config: ServerConfig) -> socket.socket:
+    """A listening socket, made before anything else, so that a taken port is one clear line."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ListenError(f"cannot listen on {config.host!r}: {error.strerror or error}") from None
+    if not config.insecure and not is_loopback(str(address[0])):
+        raise ConfigError(f"other machines reach host {config.host!r}, which is {address[0]} here: pass "
+                          "--insecure to listen there without keys and TLS")
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        reason = ("the port is in use by another process" if error.errno == errno.EADDRINUSE
+                  else error.strerror or str(error))
+        raise ListenError(f"cannot listen on {config.host}:{config.port}: {reason}") from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announce(url: str) -> None:
+    print(f"ringserve is listening on {url}", file=sys.stderr, flush=True)
+
+
+class Server:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServerConfig, *,
+                 listener: socket.socket | None = None,
+                 on_ready: Callable[[str], None] = announce) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._config = config
+        self._listener = listener
+        self._on_ready = on_ready
+        self._exit_code = 0
+
+    async def serve(self) -> int:
+        try:
+            await self.startup()
+            try:
+                await self.main_loop()
+            finally:
+                await self.shutdown()
+        finally:
+            await self._engine.close()
+        return self._exit_code
+
+    async def startup(self) -> None:
+        self._socket = self._listener or bind_socket(self._config)
+        self._loop = asyncio.get_running_loop()
+        self._asked = asyncio.Event()
+        self._aborted = asyncio.Event()
+        self.state = ServerState(self._engine, self._tokenizer, self._config)
+        self._http = _HttpServer(
+            uvicorn.Config(
+                create_app(self.state), http="h11", ws="none", lifespan="off", loop="asyncio",
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=CONNECTION_IDLE_S,
+                timeout_graceful_shutdown=LAST_WORDS_S, proxy_headers=False, server_header=False,
+                access_log=self._config.access_log,
+                log_config=LOGGING_CONFIG if self._config.access_log else None,
+                log_level="info" if self._config.access_log else "warning"),
+            on_started=lambda: self._on_ready(url_of(self._socket)),
+            on_signal=lambda number: self.shut_down(128 + number))
+        self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+
+    async def main_loop(self) -> None:
+        """Until there is nothing left to wait for: drained, aborted, or the engine is dead."""
+        await self.state.prompt_worker.start()
+        died = asyncio.create_task(self._engine.died())
+        asked = asyncio.create_task(self._asked.wait())
+        try:
+            await asyncio.wait({died, asked, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+            if self._asked.is_set():
+                await self._drain(died)
+            if died.done():
+                self._bury(died.result())
+        finally:
+            for task in (died, asked):
+                task.cancel()
+            await asyncio.gather(died, asked, return_exceptions=True)
+
+    async def shutdown(self) -> None:
+        # What is still open has had its time; streams end with this error and not in the middle.
+        self.state.stop(self._engine.dead or ApiError("draining", "the server was shut down"))
+        if self._aborted.is_set():
+            self._http.force_exit = True
+        self._http.should_exit = True
+        try:
+            await self._serving
+        finally:
+            self._socket.close()
+            await self.state.prompt_worker.close()
+
+    def shut_down(self, abort_code: int = 1) -> None:
+        """Ask the server to drain and end; from any thread. A second call aborts and sets the exit code."""
+        self._loop.call_soon_threadsafe(self._ask, abort_code)
+
+    def _ask(self, abort_code: int) -> None:
+        if self._asked.is_set():
+            self._exit_code = abort_code
+            self._aborted.set()
+        self._asked.set()
+
+    async def _drain(self, died: "asyncio.Task[EngineDeadError]") -> None:
+        self.state.drain()
+        idle = asyncio.create_task(self.state.idle.wait())
+        aborted = asyncio.create_task(self._aborted.wait())
+        await asyncio.wait({idle, aborted, died}, timeout=self._config.drain_timeout_s,
+                           return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, aborted):
+            task.cancel()
+        await asyncio.gather(idle, aborted, return_exceptions=True)
+
+    def _bury(self, error: EngineDeadError) -> None:
+        self._exit_code = 1
+        who = "the engine" if error.rank is None else f"rank {error.rank} of the engine"
+        with contextlib.suppress(OSError):
+            print(f"ringserve: {who} died: {error.message}", file=sys.stderr, flush=True)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, telling us when it listens and leaving signals to us."""
+
+    def __init__(self, config: uvicorn.Config, *, on_started: Callable[[], None],
+                 on_signal: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+        self._on_signal = on_signal
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_signal(sig)

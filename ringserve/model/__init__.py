@@ -1,0 +1,1 @@
+"""Loading of decoder-only transformers models whose attention runs over the ring."""

@@ -1,0 +1,157 @@
+"""A tokenizer of bytes and an engine that repeats its prompt: enough to test the whole server in seconds."""
+
+import asyncio
+import codecs
+import math
+import time
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ringserve.errors import ContextLengthError, EngineDeadError, InvalidValueError
+from ringserve.outputs import Progress, RequestOutput, TokenLogprob, Usage
+from ringserve.sampling_params import SamplingParams
+
+END = 256
+VOCAB_SIZE = 258
+
+
+def sleepy_text(seconds: float, length: int) -> str:
+    """A text that holds up the process in which a ByteTokenizer encodes it."""
+    return f"SLEEP {seconds} " + "x" * length
+
+
+class ByteTokenizer:
+    """One token per byte."""
+
+    def __init__(self, source: str = "bytes") -> None:
+        self.source = source
+
+    @classmethod
+    def from_source(cls, source: str) -> "ByteTokenizer":
+        return cls(source)
+
+    def encode(self, text: str, allow_special: bool) -> "array[int]":
+        if text.startswith("SLEEP "):
+            time.sleep(float(text.split(" ", 2)[1]))
+        return array("I", list(text.encode()))
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool,
+                    continue_final_message: bool, chat_template_kwargs: dict[str, Any]) -> "array[int]":
+        text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+        text += "".join(f"[{name}={value}]" for name, value in chat_template_kwargs.items())
+        if continue_final_message:
+            text = text[:-1]
+        return self.encode(text + "<assistant>" * add_generation_prompt, allow_special=False)
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeInfo:
+    model_name: str = "needle"
+    max_model_len: int = 8 << 20
+    vocab_size: int = VOCAB_SIZE
+    ring_size: int = 2
+    version: str = "0.1.0"
+    default_sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.5, "top_k": 7})
+
+
+class FakeEngine:
+    """Answers with the prompt's tokens, over and over, one each `step_s`."""
+
+    def __init__(self, info: FakeInfo | None = None) -> None:
+        self.info = info or FakeInfo()
+        self.dead: EngineDeadError | None = None
+        self.closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.step_s = 0.0
+        self.first_step_s = 0.0
+        self.broken = False
+        """Raise an error that nobody expects."""
+        self.finish_reason: str | None = "length"
+        self.submitted: list[tuple[str, list[int], SamplingParams]] = []
+        self.cancelled: list[str] = []
+
+    def die(self, rank: int | None) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(self._die, rank)
+
+    def _die(self, rank: int | None) -> None:
+        self.dead = EngineDeadError("secret details of the crash", rank)
+        self._death.set()
+
+    def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
+               request_id: str,
+               return_progress: bool = False) -> AsyncIterator[RequestOutput]:
+        if self.dead is not None:
+            raise self.dead
+        ids = list(prompt_token_ids)
+        if not ids:
+            raise InvalidValueError("the prompt is empty", "prompt")
+        if max(ids) >= self.info.vocab_size:
+            raise InvalidValueError("the prompt has a token id outside of the vocabulary", "prompt")
+        n_output = params.max_tokens or self.info.max_model_len - len(ids)
+        if n_output <= 0 or len(ids) + n_output > self.info.max_model_len:
+            raise ContextLengthError(len(ids), n_output, self.info.max_model_len)
+        self.submitted.append((request_id, ids, params))
+        return self._run(ids, params, n_output, request_id, return_progress)
+
+    async def _run(self, ids: list[int], params: SamplingParams, n_output: int, request_id: str,
+                   return_progress: bool) -> AsyncIterator[RequestOutput]:
+        if return_progress:
+            for processed in (0, len(ids)):
+                yield RequestOutput(request_id=request_id, progress=Progress(
+                    total=len(ids), cached=0, processed=processed, time_ms=3,
+                    percent=100.0 * processed / len(ids), eta_ms=None, queue_position=0))
+        await self._step(self.first_step_s)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = ""
+        for index in range(n_output):
+            await self._step(self.step_s)
+            if self.broken:
+                raise ZeroDivisionError("secret of the implementation")
+            token = ids[index % len(ids)]
+            last = index == n_output - 1
+            new = decoder.decode(bytes([token]) if token < 256 else b"", final=last)
+            text += new
+            stopped = next((stop for stop in params.stop if stop in text), None)
+            finish = "stop" if stopped else self.finish_reason if last else None
+            yield RequestOutput(
+                request_id=request_id, text=new, token_ids=[token], finish_reason=finish, stop_reason=stopped,
+                logprobs=[] if params.logprobs is None else [
+                    TokenLogprob(token, -0.25,
+                                 [(token, -0.25), (1, -math.inf), (2, math.nan)][:params.logprobs])],
+                usage=Usage(prompt_tokens=len(ids), completion_tokens=index + 1,
+                            cached_tokens=3) if finish else None)
+            if finish:
+                return
+
+    async def _step(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._death.wait()
+        except TimeoutError:
+            return
+        assert self.dead is not None
+        raise self.dead
+
+    async def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def died(self) -> EngineDeadError:
+        self._loop = asyncio.get_running_loop()
+        self._death = asyncio.Event()
+        await self._death.wait()
+        assert self.dead is not None
+        return self.dead
