@@ -22,6 +22,7 @@ from ringserve.errors import (
     EngineDeadError,
     EngineError,
     InvalidValueError,
+    OverloadedError,
     RingserveError,
     RingTimeoutError,
     StartupError,
@@ -73,11 +74,11 @@ class AsyncEngine:
     """Use `await AsyncEngine.start(config)`; `close()` ends all its processes."""
 
     def __init__(self, process: ChildProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
-                 info: EngineInfo, tokenizer: Tokenizer, end_token_ids: tuple[int, ...]) -> None:
+                 info: EngineInfo, tokenizer: Tokenizer, end_token_ids: tuple[int, ...], most_requests: int) -> None:
         self.info, self.tokenizer = info, tokenizer
         self.dead: EngineDeadError | None = None
         self._process, self._reader, self._writer = process, reader, writer
-        self._end_token_ids = end_token_ids
+        self._end_token_ids, self._most_requests = end_token_ids, most_requests
         self._streams: dict[str, RequestStream] = {}
         self._death = asyncio.Event()
         self._closing = False
@@ -115,7 +116,8 @@ class AsyncEngine:
             version=importlib.metadata.version("ringserve"), default_sampling=checkpoint.default_sampling,
             kv_capacity_tokens=ready.kv_capacity_tokens, dtype=ready.dtype, decisions=tuple(ready.decisions),
             pids=(process.pid, *ready.pids))
-        return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids)
+        most = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
+        return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most)
 
     # Requests
 
@@ -129,6 +131,8 @@ class AsyncEngine:
             raise self.dead
         if request_id in self._streams:
             raise InvalidValueError(f"request id {request_id!r} is already in use", "request_id")
+        if len(self._streams) >= self._most_requests:
+            raise OverloadedError(f"{len(self._streams)} requests are running or queued, which is the limit")
         token_ids = self.validate(prompt_token_ids, params)
         stream = RequestStream(self, request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params))
         self._streams[request_id] = stream

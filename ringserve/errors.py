@@ -7,7 +7,8 @@ RingserveError
 │       └── UnsupportedModelError   a model that cannot work here, with the reason
 ├── RequestError              one client's: the engine is alive and has done no work for it
 │   ├── InvalidValueError     a field with a wrong value (`param` names it)
-│   └── ContextLengthError    prompt and output do not fit
+│   ├── ContextLengthError    prompt and output do not fit
+│   └── OverloadedError       the queue is full; later it may not be
 └── EngineError               ours: open requests end with this error
     ├── EngineDeadError       the engine process or one of its ranks is gone
     └── RingTimeoutError      a peer did not answer within the time-out
@@ -65,6 +66,10 @@ class ContextLengthError(RequestError):
         self.max_output_tokens = max_output_tokens
         self.n_ctx = n_ctx
         self.param = param
+
+
+class OverloadedError(RequestError):
+    code = "server_overloaded"
 
 
 class EngineError(RingserveError):

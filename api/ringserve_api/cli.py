@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,13 +21,13 @@ from ringserve_api.config import ServerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelConfig):
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A directory with a Hugging Face checkpoint (safetensors), or `needle` for the embedded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleUnlessNamed(ModelConfig):
-    model: tyro.conf.Positional[str] = "needle"
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = "needle"
     """A directory with a Hugging Face checkpoint (safetensors), or `needle` for the embedded model."""
 
 

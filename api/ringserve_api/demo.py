@@ -28,8 +28,10 @@ DEPTHS = (0.02, 0.37, 0.71, 0.98)
 MILLION = 1 << 20
 ONE_NEEDLE_FROM = 500_000
 """Without a prefix cache every question is a whole prefill: from here on one is enough."""
-NAMES = ("Ada", "Grace", "Katherine", "Radia")
-CODES = ("7391502", "2840617", "9156043", "4408271")
+NAMES = ("Ada", "Max", "Sam", "Tom")
+CODES = ("7391502-3846120-9912473-5520918", "2840617-7719305-1284096-6637514",
+         "9156043-0472861-3391570-8846229", "4408271-5950338-2207416-1163987")
+"""Digits are tokens of their own: each code is the 32 tokens that are compared."""
 CHECKED_TOKENS = 32
 START_TIMEOUT_S = 180
 REQUEST_TIMEOUT_S = 3600
@@ -166,11 +168,11 @@ def rank_memory(server: psutil.Process) -> list[int]:
 
 
 def report(console: Console, answers: list[Answer], memory: list[int]) -> None:
-    table = Table("needle at", "prompt tokens", "first token", "prefill", "decode", "answer", "")
+    table = Table("needle at", "prompt", "first token", "prefill", "decode", "answer", "")
     for a in answers:
-        table.add_row(f"{a.depth:.0%}", f"{a.prompt_tokens:,}", f"{a.first_token_s:.2f} s",
+        table.add_row(f"{a.depth:.0%}", f"{a.prompt_tokens:,} tokens", f"{a.first_token_s:.2f} s",
                       f"{a.prompt_tokens / a.first_token_s:,.0f} tok/s", f"{a.decode_s * 1000:.1f} ms/token",
-                      repr(a.text[:24]), "right" if a.right else "[bold red]WRONG[/]")
+                      a.text.strip(), "right" if a.right else "[bold red]WRONG[/]")
     console.print(table)
     peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in memory)
     console.print(f"peak memory of the ranks: {peaks} MiB resident, {sum(memory) / 2**30:.2f} GiB together")
@@ -180,7 +182,7 @@ def main() -> None:
     from openai import OpenAI
 
     demo = tyro.cli(Demo, description=__doc__)
-    console = Console()
+    console = Console(width=max(Console().width, 120))
     depths = DEPTHS if demo.tokens < ONE_NEEDLE_FROM else (DEPTHS[1],)
     console.print(f"building a prompt of {demo.tokens:,} tokens from the standard library's sources")
     haystack = Haystack(Tokenizer(resolve_model("needle")), demo.tokens, depths)

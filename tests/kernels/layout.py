@@ -19,11 +19,6 @@ from torch import Tensor
 from tests.kernels.thread_ring import ThreadRing, run_ring
 
 
-def relative_rms(value: Tensor, reference: Tensor) -> float:
-    scale = reference.double().square().mean().sqrt().clamp(min=1e-30)
-    return float((value.double() - reference.double()).square().mean().sqrt() / scale)
-
-
 @dataclass
 class Placed:
     """Sequences dealt over a ring: per rank a storage, and per sequence its rows and keys."""

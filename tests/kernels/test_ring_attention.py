@@ -4,7 +4,8 @@ import pytest
 import torch
 from ringserve_kernels import AttentionSpec
 
-from tests.kernels.layout import place, relative_rms
+from tests.kernels.bounds import relative_rms
+from tests.kernels.layout import place
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, key_dim=32, value_dim=32, scale=32**-0.5)
 BATCHES = {

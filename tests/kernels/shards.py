@@ -1,0 +1,158 @@
+"""A ragged batch whose keys are dealt over shards, in storage that is NaN everywhere else."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from ringserve_kernels import (
+    AttentionSpec,
+    KeyBlocks,
+    KeyValues,
+    RowSpan,
+    attend,
+    merge_attention_states,
+    new_state,
+    plan_attention,
+    reference_attention,
+)
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+
+
+def make_spec(*, kv_heads: int = 2, group: int = 2, dim: int = 32, value_dim: int | None = None,
+              window: int | None = None, softcap: float | None = None) -> AttentionSpec:
+    return AttentionSpec(num_heads=kv_heads * group, num_kv_heads=kv_heads, key_dim=dim, value_dim=value_dim or dim,
+                         scale=dim**-0.5, window=window, softcap=softcap)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is drawn: the shape of a batch and how its keys lie."""
+
+    lengths: tuple[tuple[int, int], ...]
+    """(cached, new) tokens of each sequence."""
+    shares: tuple[int, ...] = (1,)
+    """Of the blocks, per shard, in parts: (1, 0, 5) leaves shard 1 empty."""
+    block: int = 16
+    scatter: bool = True
+    """Blocks lie in random slots, else in adjacent ones."""
+    sparse_rows: bool = False
+    """Only some of the new tokens are rows: holes are being refilled."""
+    peak: float = 1.0
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def shards(self) -> int:
+        return len(self.shares)
+
+
+@dataclass
+class DealtSequence:
+    span: RowSpan
+    blocks: list[KeyBlocks]
+    """[shards]"""
+    k_SKD: Tensor
+    v_SKD: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.k_SKD)
+
+
+class Shards:
+    """The batch as tensors: one q for all rows, one storage per shard, and what the oracle says."""
+
+    def __init__(self, batch: Batch, spec: AttentionSpec) -> None:
+        self.batch, self.spec = batch, spec
+        self._rng = np.random.default_rng(batch.seed)
+        self._generator = torch.Generator().manual_seed(batch.seed)
+        self._slots = sum(-(-(cached + new) // batch.block) for cached, new in batch.lengths) + 1
+        self._free = [list(self._rng.permutation(self._slots) if batch.scatter else range(self._slots))
+                      for _ in batch.shares]
+        self.stores = [KeyValues(*(torch.full((spec.num_kv_heads, self._slots * batch.block, dim), torch.nan,
+                                              dtype=batch.dtype) for dim in (spec.key_dim, spec.value_dim)))
+                       for _ in batch.shares]
+        self.rows = 0
+        self.sequences = [self._deal(cached, new) for cached, new in batch.lengths]
+        self.q_THD = self._normal(self.rows, spec.num_heads, spec.key_dim) * batch.peak
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, dtype=torch.float64).to(self.batch.dtype)
+
+    def _deal(self, cached: int, new: int) -> DealtSequence:
+        spec, size, total = self.spec, self.batch.block, cached + new
+        k = self._normal(total, spec.num_kv_heads, spec.key_dim)
+        v = self._normal(total, spec.num_kv_heads, spec.value_dim) + 0.5
+        parts = np.array(self.batch.shares, dtype=np.float64)
+        owners = self._rng.choice(len(parts), size=-(-total // size), p=parts / parts.sum())
+        blocks = []
+        for shard, store in enumerate(self.stores):
+            mine = np.flatnonzero(owners == shard)
+            first, length = mine * size, np.minimum(size, total - mine * size)
+            offset = np.array([self._free[shard].pop(0) * size for _ in mine], dtype=np.int64)
+            for f, n, o in zip(first, length, offset):
+                store.k_KPD[:, o:o + n] = k[f:f + n].transpose(0, 1)
+                store.v_KPD[:, o:o + n] = v[f:f + n].transpose(0, 1)
+            blocks.append(KeyBlocks(first.astype(np.int64), length.astype(np.int64), offset))
+        index = np.arange(cached, total)
+        if self.batch.sparse_rows:
+            index = np.sort(self._rng.choice(index, size=-(-new // 2), replace=False))
+        span = RowSpan(self.rows, index.astype(np.int64))
+        self.rows += len(index)
+        return DealtSequence(span, blocks, k, v)
+
+    def attend(self, shard: int, into: State | None = None, spec: AttentionSpec | None = None) -> State:
+        """All rows over the keys of one shard."""
+        spec = spec or self.spec
+        plan = plan_attention(self.rows, [(s.span, s.blocks[shard]) for s in self.sequences], spec.window)
+        return attend(self.q_THD, self.stores[shard], plan, spec, into)
+
+    def attend_all(self) -> State:
+        """The partials of all shards, merged."""
+        state = new_state(self.rows, self.spec.num_heads, self.spec.value_dim, self.batch.dtype, torch.device("cpu"))
+        for shard in range(self.batch.shards):
+            merge_attention_states(*state, *self.attend(shard))
+        return state
+
+    def expected(self, shard: int | None = None, sink_H: Tensor | None = None) -> State:
+        """The oracle over one shard's keys, or over all."""
+        parts = []
+        for s in self.sequences:
+            index = np.arange(s.tokens) if shard is None else s.blocks[shard].keys()[0]
+            rows = slice(s.span.start, s.span.start + len(s.span.index))
+            parts.append(reference_attention(
+                self.q_THD[rows], s.k_SKD[index], s.v_SKD[index], torch.from_numpy(s.span.index),
+                torch.from_numpy(index), self.spec, sink_H))
+        o_THD, lse_TH = zip(*parts)
+        return torch.cat(o_THD), torch.cat(lse_TH)
+
+    def with_values(self, value: float) -> "Shards":
+        """The same batch with every V a constant."""
+        other = Shards(self.batch, self.spec)
+        for store in other.stores:
+            store.v_KPD[~store.v_KPD.isnan()] = value
+        return other
+
+
+def batches(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Batch]:
+    lengths = st.tuples(st.integers(0, 200), st.integers(1, 90))
+    shares = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any).map(tuple)
+    return st.builds(
+        Batch, lengths=st.lists(lengths, min_size=1, max_size=4).map(tuple), shares=shares,
+        block=st.sampled_from([1, 4, 16, 64]), scatter=st.booleans(), sparse_rows=st.booleans(),
+        peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1))
+
+
+def specs() -> st.SearchStrategy[AttentionSpec]:
+    return st.builds(
+        make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 4, 8]), dim=st.sampled_from([16, 32]),
+        value_dim=st.sampled_from([None, None, 24]), window=st.sampled_from([None, None, 1, 7, 40, 500]),
+        softcap=st.sampled_from([None, None, 5.0]))
+
+
+def dense(batch: Batch) -> Batch:
+    """The same batch in adjacent slots, so that long stretches need no gathering."""
+    return replace(batch, scatter=False)
