@@ -28,7 +28,7 @@ DEPTHS = (0.02, 0.37, 0.71, 0.98)
 MILLION = 1 << 20
 ONE_NEEDLE_FROM = 500_000
 """Without a prefix cache every question is a whole prefill: from here on one is enough."""
-NAMES = ("Ada", "Max", "Sam", "Tom")
+NAMES = ("Ada", "Tom", "Sam", "Paul")
 CODES = ("7391502-3846120-9912473-5520918", "2840617-7719305-1284096-6637514",
          "9156043-0472861-3391570-8846229", "4408271-5950338-2207416-1163987")
 """Digits are tokens of their own: each code is the 32 tokens that are compared."""

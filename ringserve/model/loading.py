@@ -15,7 +15,7 @@ def load_checked(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
                  ) -> tuple[nn.Module, list[AttentionLayer]]:
     """The model and its attention layers. Raises CheckpointError or UnsupportedModelError with the reason."""
     model = load_model(checkpoint, device, dtype)
-    # fix_frequencies(model, checkpoint.max_model_len)
+    fix_frequencies(model, checkpoint.max_model_len)
     layers = record_layers(model)
     check_no_other_mixing(model)
     check_positions(model)

@@ -1,6 +1,6 @@
 """A ragged batch whose keys are dealt over shards, in storage that is NaN everywhere else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,10 +93,10 @@ class Shards:
             mine = np.flatnonzero(owners == shard)
             first, length = mine * size, np.minimum(size, total - mine * size)
             offset = np.array([self._free[shard].pop(0) * size for _ in mine], dtype=np.int64)
-            for f, n, o in zip(first, length, offset):
-                store.k_KPD[:, o:o + n] = k[f:f + n].transpose(0, 1)
-                store.v_KPD[:, o:o + n] = v[f:f + n].transpose(0, 1)
-            blocks.append(KeyBlocks(first.astype(np.int64), length.astype(np.int64), offset))
+            blocks.append(KeyBlocks(first, length, offset))
+            index, where = blocks[-1].keys()
+            store.k_KPD[:, where] = k[index].transpose(0, 1)
+            store.v_KPD[:, where] = v[index].transpose(0, 1)
         index = np.arange(cached, total)
         if self.batch.sparse_rows:
             index = np.sort(self._rng.choice(index, size=-(-new // 2), replace=False))
@@ -138,11 +138,11 @@ class Shards:
 
 
 def batches(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Batch]:
-    lengths = st.tuples(st.integers(0, 200), st.integers(1, 90))
+    lengths = st.tuples(st.integers(0, 150), st.integers(1, 70))
     shares = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any).map(tuple)
     return st.builds(
-        Batch, lengths=st.lists(lengths, min_size=1, max_size=4).map(tuple), shares=shares,
-        block=st.sampled_from([1, 4, 16, 64]), scatter=st.booleans(), sparse_rows=st.booleans(),
+        Batch, lengths=st.lists(lengths, min_size=1, max_size=3).map(tuple), shares=shares,
+        block=st.sampled_from([1, 5, 16, 64]), scatter=st.booleans(), sparse_rows=st.booleans(),
         peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1))
 
 
@@ -151,8 +151,3 @@ def specs() -> st.SearchStrategy[AttentionSpec]:
         make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 4, 8]), dim=st.sampled_from([16, 32]),
         value_dim=st.sampled_from([None, None, 24]), window=st.sampled_from([None, None, 1, 7, 40, 500]),
         softcap=st.sampled_from([None, None, 5.0]))
-
-
-def dense(batch: Batch) -> Batch:
-    """The same batch in adjacent slots, so that long stretches need no gathering."""
-    return replace(batch, scatter=False)

@@ -10,8 +10,8 @@ from ringserve_kernels.attention_plan import DENSE_KEYS, TILE_ROWS
 from tests.kernels.bounds import assert_close, relative_rms
 from tests.kernels.shards import Batch, Shards, batches, make_spec, specs
 
-QUICK = settings(max_examples=60, deadline=None)
-FEW = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=15, deadline=None)
 CPU = torch.device("cpu")
 
 
@@ -66,10 +66,11 @@ def test_sinks_join_the_softmax_once(batch: Batch, spec: AttentionSpec) -> None:
 
 @QUICK
 @given(batches(), specs())
-def test_values_of_one_give_exactly_one(batch: Batch, spec: AttentionSpec) -> None:
+def test_values_of_one_give_one(batch: Batch, spec: AttentionSpec) -> None:
+    """To the last bits: a tile's weights and their sum are added up in different orders. Merging adds nothing."""
     o_THD, lse_TH = Shards(batch, spec).with_values(1.0).attend_all()
     assert torch.all(lse_TH > -torch.inf)
-    assert torch.equal(o_THD, torch.ones_like(o_THD))
+    torch.testing.assert_close(o_THD, torch.ones_like(o_THD), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

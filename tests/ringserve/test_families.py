@@ -1,0 +1,95 @@
+"""Every family on real rings: teacher-forced logits against transformers' own eager attention and masks."""
+
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ringserve.config import ModelConfig, RingMode
+from ringserve.model.checkpoint import read_checkpoint
+from ringserve.selftest import Oracle, make_oracle
+from ringserve.teacher import Teacher
+from tests.families import FAMILIES, VOCABULARY
+from tests.ringserve.conftest import FamilyDirectory
+from tests.ringserve.rings import Rings
+
+DECODE_STEPS = 64
+
+
+def make_texts() -> tuple[list[list[int]], list[int]]:
+    """Texts and their prompts' lengths: over several chunks and every window; shorter than the ring; one token."""
+    rng = random.Random(0)
+    prompts = [203, 2, 1, 37]
+    texts = [([rng.randrange(VOCABULARY) for _ in range(max(3, p // 3))] * 40)[:p + DECODE_STEPS] for p in prompts]
+    return texts, prompts
+
+
+@cache
+def oracle_of(path: Path) -> Oracle:
+    return make_oracle(lambda: read_checkpoint(ModelConfig(model=str(path))), "cpu", make_texts()[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
+def test_logits_are_those_of_transformers(family: str, ring_size: int, rings: Rings,
+                                          family_directory: FamilyDirectory) -> None:
+    path = family_directory(family)
+    texts, prompts = make_texts()
+    oracle = oracle_of(path)
+    modes: list[RingMode] = ["pass-kv", "pass-q"] if ring_size > 1 else ["auto"]
+    engine = rings.engine(path, ring_size, mode=modes[0])
+    for mode in modes:
+        engine = rings.remode(engine, mode)
+        outcome = oracle.compare(f"{family} ring {ring_size} {mode}", Teacher(engine).run(texts, prompts))
+        engine.scheduler.check()
+        assert outcome.tokens > 100, "the oracle is certain of too few tokens to compare"
+        assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+@pytest.mark.parametrize("ring_size", [2, 3, 4])
+@pytest.mark.parametrize("mode", ["pass-kv", "pass-q"])
+def test_gloo_gives_the_same(family: str, ring_size: int, mode: RingMode, rings: Rings,
+                             family_directory: FamilyDirectory) -> None:
+    path = family_directory(family)
+    texts, prompts = make_texts()
+    engine = rings.engine(path, ring_size, mode=mode, transport="gloo")
+    assert oracle_of(path).compare(family, Teacher(engine).run(texts, prompts)).passed
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_16_bits_are_no_worse_than_transformers(family: str, rings: Rings, tmp_path: Path) -> None:
+    from tests.families import write_family
+
+    write_family(family, tmp_path, torch.bfloat16)
+    texts, prompts = make_texts()
+    outcome = oracle_of(tmp_path).compare(family, Teacher(rings.engine(tmp_path, 2)).run(texts, prompts))
+    assert outcome.error <= outcome.bound, outcome
+
+
+def test_switching_the_mode_at_a_chunk_edge_changes_nothing(rings: Rings, family_directory: FamilyDirectory) -> None:
+    path = family_directory("gemma3")
+    texts, prompts = make_texts()
+    engine = rings.engine(path, 3)
+    flips = iter(range(10**6))
+    # The plan says what travels, chunk by chunk and group by group: any choice must give the same numbers.
+    engine.scheduler.cost.modes = lambda new, cached: [  # type: ignore[method-assign]
+        "pass-kv" if new > 1 and next(flips) % 2 else "pass-q" for _ in engine.executor.groups]
+    teacher = Teacher(engine)
+    outcome = oracle_of(path).compare("alternating", teacher.run(texts, prompts))
+    assert outcome.passed, outcome
+    assert {mode for plan in teacher.plans for rows in plan.rows for mode in rows.modes} == {"pass-kv", "pass-q"}
+
+
+def test_every_rank_holds_its_share_and_sends_its_part(rings: Rings, family_directory: FamilyDirectory) -> None:
+    engine = rings.engine(family_directory("llama"), 4, mode="pass-kv")
+    texts, prompts = make_texts()
+    teacher = Teacher(engine)
+    teacher.run(texts[:1], prompts[:1])
+    sent = np.sum([[rank.bytes_sent for rank in output.ranks] for output in teacher.outputs], axis=0)
+    off_diagonal = sent[~np.eye(4, dtype=bool)]
+    assert np.all(np.diag(sent) == 0)
+    assert np.all(off_diagonal > 0), "a ring that sends nothing computes nothing"
