@@ -7,6 +7,7 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 class NoFreeSlotsError(Exception):
@@ -45,7 +46,7 @@ class SlotRuns:
     def _take_at(self, slot: int, most: int) -> list[int]:
         """Up to `most` slots from `slot` on, as far as they are free."""
         i = bisect_left(self._runs, slot + 1, key=lambda r: r.stop)
-        if i == len(self._runs) or self._runs[i].start > slot:
+        if most == 0 or i == len(self._runs) or self._runs[i].start > slot:
             return []
         run = self._runs[i]
         stop = min(run.stop, slot + most)
@@ -84,7 +85,7 @@ class SlotRuns:
 
     def check(self) -> None:
         edges = [edge for run in self._runs for edge in (run.start, run.stop)]
-        assert all(a < b for a, b in zip(edges, edges[1:])), f"runs overlap or touch: {edges}"
+        assert all(a < b for a, b in pairwise(edges)), f"runs overlap or touch: {edges}"
         assert not edges or (edges[0] >= 0 and edges[-1] <= self.size), edges
         assert self.free == sum(run.stop - run.start for run in self._runs)
 
@@ -173,6 +174,7 @@ class BlockPool:
         """Drop one reference each; blocks without any are free again."""
         gone: dict[int, list[Block]] = {}
         for block in blocks:
+            assert block in self._references, f"{block} released twice"
             self._references[block] -= 1
             if self._references[block] == 0:
                 del self._references[block]
@@ -192,4 +194,4 @@ class BlockPool:
                 assert not free & set(used), f"rank {rank} group {group}: a slot is free and used"
                 assert len(free) + len(used) == self.slots_per_rank, f"rank {rank} group {group}: slots lost"
         assert all(count > 0 for count in self._references.values())
-        assert 0 <= self.reserved
+        assert self.reserved >= 0

@@ -64,7 +64,8 @@ class LLMEngine:
         chunk = min(self.config.scheduler.max_chunk_tokens, max_model_len - 1)
         block_bytes = block * self.executor.kv_bytes_per_token
         self.max_model_len = max_model_len
-        slots = -(-(-(-(chunk + 1) // block)) // ring) + 1
+        blocks = -(-(chunk + 1) // block)
+        slots = -(-blocks // ring) + 1
         self._begin(slots, self.executor.allocate(slots))
         self._warm_up(chunk)
 

@@ -166,7 +166,7 @@ class LocalExecutor:
     def _failure(self, failed: RankFailed) -> Exception:
         """The error behind a rank's last message: the operator's, or the rank that failed first."""
         self._abort()
-        kinds = {cls.__name__: cls for cls in [StartupError, *_subclasses(StartupError)]}
+        kinds = {kind.__name__: kind for kind in _with_subclasses(StartupError)}
         if failed.kind in kinds:
             return kinds[failed.kind](failed.message)
         if failed.kind in _CONSEQUENCES:
@@ -182,5 +182,5 @@ class LocalExecutor:
         return EngineDeadError(f"rank {failed.rank} failed: {failed.message}", failed.rank)
 
 
-def _subclasses(cls: type[StartupError]) -> list[type[StartupError]]:
-    return [c for direct in cls.__subclasses__() for c in (direct, *_subclasses(direct))]
+def _with_subclasses(kind: type[StartupError]) -> list[type[StartupError]]:
+    return [kind, *(found for direct in kind.__subclasses__() for found in _with_subclasses(direct))]

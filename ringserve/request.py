@@ -37,6 +37,8 @@ class Request:
     arrival: float
     """Monotonic seconds."""
     return_progress: bool = False
+    last_progress: float = 0.0
+    """Monotonic seconds at which its progress was last reported."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING

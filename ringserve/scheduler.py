@@ -28,6 +28,8 @@ from ringserve.updates import RequestUpdate
 HOME_SLACK_BLOCKS = 4
 """Output blocks a home rank may hold beyond the mean and a quarter: short requests do not wander."""
 
+PROGRESS_INTERVAL_S = 0.1
+
 
 class Scheduler:
     """Owns the requests and decides each step. `update` must follow each `schedule`."""
@@ -139,7 +141,7 @@ class Scheduler:
                                              error=sampled[handle].error))
             elif rows.sample:
                 updates.append(self._append(request, sampled[handle]))
-            elif request.return_progress:
+            elif self._progress_is_due(request):
                 updates.append(RequestUpdate(request_id=request.request_id, progress=self.progress(request)))
         self._in_flight = {}
         return updates
@@ -265,7 +267,7 @@ class Scheduler:
     def waiting_updates(self) -> list[RequestUpdate]:
         """Progress of the queued requests that asked for it."""
         return [RequestUpdate(request_id=r.request_id, progress=self.progress(r, place))
-                for place, r in enumerate(self._waiting, 1) if r.return_progress]
+                for place, r in enumerate(self._waiting, 1) if self._progress_is_due(r)]
 
     def progress(self, request: Request, queue_position: int = 0) -> Progress:
         done = min(request.num_computed(), request.prompt_tokens)
@@ -278,6 +280,14 @@ class Scheduler:
             time_ms=int((time.monotonic() - request.arrival) * 1000),
             percent=round(100.0 * spent / whole, 2), eta_ms=None if eta is None else int(eta * 1000),
             queue_position=queue_position)
+
+    def _progress_is_due(self, request: Request) -> bool:
+        """Whether it was asked for and the last word is a while ago: steps may take milliseconds."""
+        now = time.monotonic()
+        due = request.return_progress and now - request.last_progress >= PROGRESS_INTERVAL_S
+        if due:
+            request.last_progress = now
+        return due
 
     def _remaining(self, request: Request) -> float:
         return self.cost.flops(min(request.num_computed(), request.prompt_tokens), request.prompt_tokens)

@@ -6,10 +6,10 @@ Exit codes: 0 done, 1 failed while running (a rank died, a self-test bound excee
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -127,7 +127,7 @@ def model(action: tyro.conf.Positional[Literal["build"]], name: tyro.conf.Positi
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: runs one command and exits with its code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    commands = {"serve": serve, "run": run, "selftest": selftest, "model": model}
+    commands: dict[str, Callable[..., Any]] = {"serve": serve, "run": run, "selftest": selftest, "model": model}
     try:
         code: int = tyro.extras.subcommand_cli_from_dict(
             commands, prog="ringserve", args=argv, config=(tyro.conf.OmitArgPrefixes,),

@@ -19,7 +19,8 @@ class PrefillBar:
 
     def __init__(self, console: Console) -> None:
         columns: list[str | ProgressColumn] = [
-            TextColumn("prefill"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TextColumn("{task.fields[note]}")]
+            TextColumn("prefill"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"),
+            TextColumn("{task.fields[note]}")]
         self._bar = Progress(*columns, console=console)
         self._task: TaskID = self._bar.add_task("prefill", total=100.0, note="")
 
@@ -33,7 +34,8 @@ class PrefillBar:
     def show(self, *, processed: int, total: int, percent: float, seconds: float, eta_ms: int | None) -> None:
         rate = processed / seconds if seconds > 0 else 0.0
         eta = "" if eta_ms is None else f"  ETA {eta_ms / 1000:.1f} s"
-        self._bar.update(self._task, completed=percent, note=f"{processed:,} of {total:,} tokens  {rate:,.0f} tok/s{eta}")
+        self._bar.update(self._task, completed=percent,
+                         note=f"{processed:,} of {total:,} tokens  {rate:,.0f} tok/s{eta}")
 
 
 def run_prompt(config: EngineConfig, text: str, params: SamplingParams) -> int:

@@ -48,11 +48,11 @@ def attend(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionS
 
 def _attend_gathered(q_HTD: Tensor, keys: KeyValues, tiles: GatheredTiles, spec: AttentionSpec,
                      state: tuple[Tensor, Tensor]) -> None:
-    n, s = tiles.keys_NS.shape
+    (n, s), t = tiles.keys_NS.shape, tiles.rows_NT.shape[1]
     flat_keys, flat_rows = tiles.keys_NS.flatten(), tiles.rows_NT.flatten()
-    k_NKSD = keys.k_KPD.index_select(1, flat_keys).unflatten(1, (n, s)).transpose(0, 1)
-    v_NKSD = keys.v_KPD.index_select(1, flat_keys).unflatten(1, (n, s)).transpose(0, 1)
-    q_NHTD = q_HTD.index_select(1, flat_rows).unflatten(1, tuple(tiles.rows_NT.shape)).transpose(0, 1)
+    k_NKSD = keys.k_KPD.index_select(1, flat_keys).view(spec.num_kv_heads, n, s, spec.key_dim).transpose(0, 1)
+    v_NKSD = keys.v_KPD.index_select(1, flat_keys).view(spec.num_kv_heads, n, s, spec.value_dim).transpose(0, 1)
+    q_NHTD = q_HTD.index_select(1, flat_rows).view(spec.num_heads, n, t, spec.key_dim).transpose(0, 1)
     o, lse = attend_tile(q_NHTD, k_NKSD, v_NKSD, spec, tiles.visible_NTS, tiles.bias_NTS(q_HTD.dtype))
     o_THD, lse_TH = o.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     if len(tiles.valid) < len(flat_rows):

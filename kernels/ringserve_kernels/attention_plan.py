@@ -226,4 +226,5 @@ def _stack(group: list[_Tile], t: int, s: int, window: int | None, device: torch
     if window is not None:
         visible &= key_index[:, None, :] > row_index[:, :, None] - window
     valid = np.flatnonzero(row_index >= 0)
-    return GatheredTiles(*(torch.from_numpy(x).to(device) for x in (rows, keys, visible, valid)))
+    tensors = [torch.from_numpy(x).to(device) for x in (rows, keys, visible, valid)]
+    return GatheredTiles(tensors[0], tensors[1], tensors[2], tensors[3])

@@ -40,7 +40,7 @@ def attend_tile(
     k, s = k_NKSD.shape[1], k_NKSD.shape[2]
     if s == 0 or t == 0:
         o_THD, lse_TH = new_state(n * t, h, spec.value_dim, q_NHTD.dtype, q_NHTD.device)
-        return (o_THD.unflatten(0, (n, t)).transpose(1, 2), lse_TH.unflatten(0, (n, t)).transpose(1, 2))
+        return o_THD.view(n, t, h, spec.value_dim).transpose(1, 2), lse_TH.view(n, t, h).transpose(1, 2)
     path = backend(spec, q_NHTD.device, q_NHTD.dtype, visible_NTS is not None)
     if path == "torch-math":
         return _math(q_NHTD, k_NKSD, v_NKSD, spec, visible_NTS)
@@ -75,12 +75,14 @@ def _math(q_NHTD: Tensor, k_NKSD: Tensor, v_NKSD: Tensor, spec: AttentionSpec,
         scores = q_NKRD @ k_NKSD[:, :, keys].to(dtype).transpose(2, 3)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        scores = scores.unflatten(2, (h // kv_heads, t))
+        scores = scores.view(n, kv_heads, h // kv_heads, t, -1)
         if visible_NTS is not None:
             scores = scores.masked_fill(~visible_NTS[:, None, None, :, keys], -torch.inf)
-        part_lse = torch.logsumexp(scores, dim=-1)
-        shift = torch.where(part_lse == -torch.inf, 0.0, part_lse)
-        weights = torch.exp(scores - shift[..., None]).flatten(2, 3)
-        part_o = weights @ v_NKSD[:, :, keys].to(dtype)
+        top = scores.amax(dim=-1, keepdim=True)
+        weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top))
+        # Divided by their own sum, so that V = 1 gives 1; it is at least 1 wherever a row sees a key.
+        total = weights.sum(dim=-1, keepdim=True)
+        part_o = (weights / total.clamp(min=1.0)).flatten(2, 3) @ v_NKSD[:, :, keys].to(dtype)
+        part_lse = top + total.log()
         merge_attention_states(o, lse, part_o.reshape(n, h, t, -1), part_lse.reshape(n, h, t))
     return o, lse

@@ -1,4 +1,4 @@
-"""Checkpoint: everything about a model directory that can be known, and checked, without loading its weights."""
+"""Checkpoint: everything about a model directory that can be known, and checked, without its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from ringserve.config import ModelConfig
 from ringserve.errors import CheckpointError, UnsupportedModelError
-from ringserve.model.context_length import apply_rope_scaling, check_rope_types, choose_max_model_len, made_for
-from ringserve.model.quiet import quiet_transformers
+from ringserve.model.context_length import (
+    apply_rope_scaling,
+    check_rope_types,
+    choose_max_model_len,
+    made_for,
+)
+from ringserve.model.quiet import first_line, quiet_transformers
 from ringserve.model.shards import DTYPE_NAMES, read_json, read_shards
 
 if TYPE_CHECKING:
@@ -41,8 +46,9 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
     """
     path = Path(config.model)
     if not path.is_dir():
-        raise CheckpointError(f"model directory {path} does not exist" if not path.exists() else
-                              f"{path} is a file; the model must be a directory with config.json and safetensors")
+        raise CheckpointError(
+            f"model directory {path} does not exist" if not path.exists() else
+            f"{path} is a file; the model must be a directory with config.json and safetensors")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json")
     raw = read_json(path / "config.json")
@@ -58,7 +64,8 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
     else:
         limit = made_for(model_config)
     check_rope_types(model_config)
-    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    defaults = path / "generation_config.json"
+    generation = read_json(defaults) if defaults.is_file() else {}
     return Checkpoint(
         path=path,
         config=model_config,
@@ -75,23 +82,29 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
 def _check_kind(raw: dict[str, Any]) -> None:
     """Refuses what is not a plain-text decoder before transformers sees it, so that the reason is ours."""
     if raw.get("is_encoder_decoder"):
-        raise UnsupportedModelError(f"{_architecture(raw)} is an encoder-decoder; only decoder-only models are served")
+        raise UnsupportedModelError(
+            f"{_architecture(raw)} is an encoder-decoder; only decoder-only models are served")
     if "quantization_config" in raw:
         settings = raw["quantization_config"]
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise UnsupportedModelError(f"the weights are quantised ({method}); only float64, float32, bfloat16 and float16 "
-                                    "weights are served")
+        raise UnsupportedModelError(
+            f"the weights are quantised ({method}); only {', '.join(DTYPE_NAMES.values())} weights "
+            "are served")
     if "text_config" in raw or "vision_config" in raw or "audio_config" in raw:
-        raise UnsupportedModelError(f"{_architecture(raw)} wraps a language model with other modalities; only "
-                                    "plain-text checkpoints are served")
+        raise UnsupportedModelError(
+            f"{_architecture(raw)} wraps a language model with other modalities; only plain-text checkpoints "
+            "are served")
     if raw.get("transformers_weights"):
-        raise UnsupportedModelError("config.json names its own weights file (transformers_weights); only the standard "
-                                    "safetensors names are read")
+        raise UnsupportedModelError(
+            "config.json names its own weights file (transformers_weights); only the standard names of "
+            "safetensors files are read")
 
 
 def _architecture(raw: dict[str, Any]) -> str:
     names = raw.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else f"a {raw.get('model_type', 'nameless')} model"
+    if isinstance(names, list) and names:
+        return str(names[0])
+    return f"a model of type {raw.get('model_type')!r} without architectures"
 
 
 def _transformers_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
@@ -107,25 +120,28 @@ def _transformers_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
     model_type, architecture = raw.get("model_type"), _architecture(raw)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
     if model_type not in CONFIG_MAPPING and "auto_map" in raw:
-        raise UnsupportedModelError(f"{architecture} needs code from its own directory (auto_map), which is never run")
+        raise UnsupportedModelError(
+            f"{architecture} needs code from its own directory (auto_map), which is never run")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"model_type {model_type!r} is not known to the installed transformers")
     if architecture not in ((known,) if isinstance(known, str) else known):
-        raise UnsupportedModelError(f"{architecture} is not a causal language model that transformers can load"
-                                    + (f" (model_type {model_type!r} has {known})" if known else ""))
+        raise UnsupportedModelError(
+            f"{architecture} is not a causal language model that transformers can load"
+            + (f" (model_type {model_type!r} has {known})" if known else ""))
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{path / 'config.json'} is not accepted by transformers: "
-                              f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}") from error
+        raise CheckpointError(
+            f"{path / 'config.json'} is not accepted by transformers: {first_line(error)}") from error
 
 
 def _checkpoint_dtype(raw: dict[str, Any], stored: str | None) -> str:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or stored
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPE_NAMES.values():
-        raise CheckpointError(f"config.json says dtype {dtype}; set dtype to one of {', '.join(DTYPE_NAMES.values())}")
+        raise CheckpointError(
+            f"config.json says dtype {dtype}; set dtype to one of {', '.join(DTYPE_NAMES.values())}")
     return dtype
 
 

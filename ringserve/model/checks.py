@@ -1,7 +1,7 @@
 """What a model must not do behind the attention interface, found by three short forwards when it loads.
 
-The server computes tokens in any grouping and order, on any rank. That is right only if tokens meet nowhere but in
-attention, if positions come from `position_ids` alone, and if attention is what the recorded layers say.
+The server computes tokens in any grouping and order, on any rank. That is right only if tokens meet nowhere
+but in attention, positions come from `position_ids` alone, and attention is what the recorded layers say.
 """
 
 import torch
@@ -14,11 +14,10 @@ from ringserve.model.probe import attention_name, probe, run_model
 
 
 def check_no_other_mixing(model: nn.Module) -> None:
-    """UnsupportedModelError if tokens exchange anything outside attention: a convolution, a recurrent state, a
-    normalisation over tokens.
+    """UnsupportedModelError if tokens exchange anything outside attention: a convolution, a recurrent state.
 
-    The middle one of three tokens is made NaN, which survives all arithmetic, and attention is made zero: a NaN in
-    either neighbour's logits came by another way.
+    The middle one of three tokens is made NaN, which survives all arithmetic, and attention is made zero: a
+    NaN in either neighbour's logits came by another way.
     """
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
 
@@ -34,17 +33,18 @@ def check_no_other_mixing(model: nn.Module) -> None:
         handle.remove()
     assert logits[1].isnan().all(), "the poison never reached the logits"
     if not logits[[0, 2]].isfinite().all():
-        raise UnsupportedModelError(f"{type(model).__name__} mixes tokens outside attention (a recurrent state or a "
-                                    "convolution), which the ring does not carry from chunk to chunk")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes tokens outside attention (a recurrent state or a convolution), "
+            "which the ring does not carry from chunk to chunk")
 
 
 def check_positions(model: nn.Module) -> None:
-    """UnsupportedModelError if a token's query or key depends on its row in the batch and not on its position."""
+    """UnsupportedModelError if a query or key depends on its row in the step and not on its position."""
     for call in probe(model, [1, 1, 1], [5, 5, 3]):
         for tensor in (call.query, call.key):
             if not torch.allclose(tensor[:, :, 0], tensor[:, :, 1], rtol=1e-2, atol=1e-3):
-                raise UnsupportedModelError(f"{call.name} takes positions from the order of the tokens and not from "
-                                            "position_ids")
+                raise UnsupportedModelError(
+                    f"{call.name} takes positions from the order of the tokens and not from position_ids")
 
 
 def check_against_eager(model: nn.Module, layers: list[AttentionLayer]) -> None:
@@ -54,11 +54,13 @@ def check_against_eager(model: nn.Module, layers: list[AttentionLayer]) -> None:
     with attention_name(model, "eager"):
         expected = run_model(model, ids, positions, None).double()
     actual = run_model(model, ids, positions, PlainAttention(layers, torch.arange(n_tokens))).double()
-    error = float((actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+    # The median of the rows: in 16 bits a token near a tie may choose another expert, which is no fault.
+    error = float(((actual - expected).norm(dim=1) / expected.norm(dim=1)).median())
     bound = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
     if not error <= bound:
-        raise UnsupportedModelError(f"{type(model).__name__} computes something in its own attention that it does not "
-                                    f"tell the attention interface: logits differ by {error:.1e} (relative RMS)")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes something in its own attention that it does not tell the "
+            f"attention interface: logits differ by {error:.1e} (relative)")
 
 
 class ZeroAttention:
@@ -82,7 +84,8 @@ class PlainAttention:
         spec, sinks = self.layers[layer_idx].spec, self.layers[layer_idx].sinks
         groups = spec.num_heads // spec.num_kv_heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        scores = (query @ key.transpose(2, 3) * spec.scale).to(torch.promote_types(query.dtype, torch.float32))
+        scores = query @ key.transpose(2, 3) * spec.scale
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         indices = self.indices.to(query.device)
@@ -91,4 +94,4 @@ class PlainAttention:
             column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
             scores = torch.cat([scores, column], dim=-1)
         weights = scores.softmax(dim=-1)[..., :key.shape[2]]
-        return (weights.to(value.dtype) @ value).transpose(1, 2)
+        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()

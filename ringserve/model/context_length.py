@@ -4,19 +4,20 @@ import json
 from typing import Any
 
 from ringserve.errors import CheckpointError, ConfigError, UnsupportedModelError
+from ringserve.model.quiet import first_line, quiet_transformers
 
-# Types whose frequencies transformers computes once from the config. `longrope` has two sets, one of which is chosen
-# when the model loads; `dynamic` recomputes them whenever a call is longer than all before it.
+# Types whose frequencies transformers computes once from the config. `longrope` has two sets, one of which is
+# chosen when the model loads; `dynamic` recomputes them whenever a call is longer than all before it.
 FIXED_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
-DYNAMIC_REASON = ("`dynamic` rotary scaling changes the frequencies with the length of each call, so keys that are "
-                  "already cached would no longer fit")
+DYNAMIC_REASON = ("`dynamic` rotary scaling changes the frequencies with the length of each call, so keys "
+                  "that are already cached would no longer fit")
 
 
 def apply_rope_scaling(config: Any, rope_scaling: str) -> int:
     """Writes the operator's rotary scaling into `config` and returns the context length that it gives.
 
-    Where the checkpoint has rotary parameters per layer type (Gemma 3), the scaling belongs to its `full_attention`
-    layers: a window layer never sees a distance beyond its window.
+    Where the checkpoint has rotary parameters per layer type (Gemma 3), the scaling belongs to its
+    `full_attention` layers: a window layer never sees a distance beyond its window.
     """
     try:
         scaling = json.loads(rope_scaling)
@@ -30,7 +31,8 @@ def apply_rope_scaling(config: Any, rope_scaling: str) -> int:
     if rope_type == "dynamic":
         raise ConfigError(DYNAMIC_REASON)
     if rope_type not in FIXED_ROPE_TYPES:
-        raise ConfigError(f"rope_scaling has rope_type {rope_type!r}; known are {', '.join(FIXED_ROPE_TYPES)}")
+        raise ConfigError(
+            f"rope_scaling has rope_type {rope_type!r}; known are {', '.join(FIXED_ROPE_TYPES)}")
     factor = scaling.get("factor")
     if rope_type in ("linear", "yarn", "llama3") and (not isinstance(factor, int | float) or factor < 1):
         raise ConfigError(f"rope_scaling of type {rope_type} needs a factor of at least 1, got {factor!r}")
@@ -60,12 +62,23 @@ def _write_rope_parameters(config: Any, scaling: dict[str, Any]) -> None:
     config.rope_parameters = {**parameters, layer_type: kept | scaling} if layer_type else kept | scaling
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # imports torch, which costs seconds
     try:
-        config.standardize_rope_params()
-        config.validate_rope()
-        if scaling["rope_type"] != "default":
-            ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, layer_type=layer_type)
+        with quiet_transformers():
+            config.standardize_rope_params()
+            config.validate_rope()
+            if scaling["rope_type"] != "default":
+                inv_freq, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, layer_type=layer_type)
+                n_dims = _n_rotary_dims(config, kept)
+                for name in ("short_factor", "long_factor"):
+                    # torch would stretch a list of one over all frequencies
+                    if len(scaling.get(name, inv_freq)) != n_dims // 2:
+                        raise ValueError(f"{name} must have {n_dims // 2} numbers")
     except Exception as error:
-        raise ConfigError(f"rope_scaling does not fit this model: {error}") from error
+        raise ConfigError(f"rope_scaling does not fit this model: {first_line(error)}") from error
+
+
+def _n_rotary_dims(config: Any, parameters: dict[str, Any]) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
 def rope_parameter_sets(config: Any) -> list[dict[str, Any]]:
@@ -101,15 +114,15 @@ def choose_max_model_len(asked: int | None, limit: int, scaled: bool) -> int:
     if asked is None or asked <= limit:
         return asked or limit
     if scaled:
-        raise ConfigError(f"max_model_len {asked} is more than the {limit} tokens that rope_scaling extends this "
-                          "checkpoint to")
-    raise ConfigError(f"max_model_len {asked} is more than the {limit} tokens this checkpoint was made for; set "
-                      "rope_scaling to extend it")
+        raise ConfigError(f"max_model_len {asked} is more than the {limit} tokens that rope_scaling extends "
+                          "this checkpoint to")
+    raise ConfigError(f"max_model_len {asked} is more than the {limit} tokens this checkpoint was made for; "
+                      "set rope_scaling to extend it")
 
 
 def _max_position_embeddings(config: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int) or length < 1:
-        raise CheckpointError(f"config.json has no max_position_embeddings to say what length the {config.model_type} "
-                              "checkpoint was made for")
+        raise CheckpointError("config.json has no max_position_embeddings to say what length the "
+                              f"{config.model_type} checkpoint was made for")
     return length

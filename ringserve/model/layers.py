@@ -1,8 +1,8 @@
 """The attention layers of a loaded model, and the function through which every one of them reaches the ring.
 
-transformers' attention modules call a function looked up by name. Ours is registered under ATTENTION_NAME, and no
-mask function is, so transformers builds no L x L mask. The step's metadata is an argument of the model's forward
-that reaches the function unchanged:
+transformers' attention modules call a function looked up by name. Ours is registered under ATTENTION_NAME,
+and no mask function is, so transformers builds no L x L mask. The step's metadata is an argument of the
+model's forward that reaches the function unchanged:
 
     model(input_ids, position_ids=..., use_cache=False, logits_to_keep=rows, ring_step=step)
         -> layer i: ring_attention(module, q, k, v, None, ring_step=step, ...) -> step.attend(i, q, k, v)
@@ -31,7 +31,10 @@ class RingStep(Protocol):
     """What one step of the server means to an attention layer."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [1, H, T, Dk], key [1, K, T, Dk], value [1, K, T, Dv], rotated, any strides -> [1, T, H, Dv]."""
+        """query [1, H, T, Dk], key [1, K, T, Dk] (both rotated), value [1, K, T, Dv] -> [1, T, H, Dv].
+
+        The arguments have any strides; the result is contiguous (some models view it).
+        """
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,10 @@ class AttentionLayer:
     name: str
 
 
-def ring_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-                   *, ring_step: RingStep, scaling: float | None = None, dropout: float = 0.0,
-                   sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-                   **kwargs: Any) -> tuple[Tensor, None]:
-    """The attention function of every layer. What the options say is in the layer's spec since the model loaded."""
+def ring_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                   attention_mask: Tensor | None = None, *, ring_step: RingStep, **options: Any,
+                   ) -> tuple[Tensor, None]:
+    """The attention function of every layer. What the options say is in the layer's spec since it loaded."""
     assert attention_mask is None, "no mask function is registered under our name"
     return ring_step.attend(module.layer_idx, query, key, value), None  # type: ignore[arg-type]
 
@@ -62,22 +64,20 @@ def record_layers(model: nn.Module) -> list[AttentionLayer]:
 def ordered_calls(model: nn.Module, calls: list[AttentionCall]) -> list[AttentionCall]:
     """`calls`, after checking that layers 0 to n-1 made exactly one each, in that order."""
     n_layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    indices = [getattr(call.module, "layer_idx", None) for call in calls]
+    for call, index in zip(calls, indices):
+        if not isinstance(index, int):
+            raise UnsupportedModelError(f"{call.name} has no layer_idx to tell its keys from other layers'")
     for i in range(n_layers):
-        if i == len(calls) or (indices := [getattr(call.module, "layer_idx", None) for call in calls])[i] is None:
-            raise UnsupportedModelError(_never_called(model, i) if i == len(calls) else
-                                        f"{calls[i].name} has no layer_idx, so its keys cannot be told from others'")
-        if indices[i] != i:
-            raise UnsupportedModelError(_never_called(model, i) if i not in indices else
-                                        f"layers call the attention interface out of order: {indices}")
-    if len(calls) != n_layers:
-        raise UnsupportedModelError(f"{type(model).__name__} makes {len(calls)} attention calls with {n_layers} "
-                                    "layers: cross attention, or several attentions in a layer")
+        if i not in indices:
+            raise UnsupportedModelError(
+                f"layer {i} of {type(model).__name__} never called the attention interface: it has a "
+                "recurrent state, a convolution or its own attention")
+    if indices != list(range(n_layers)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls the attention interface for layers {indices} instead of once for "
+            f"each of {n_layers} in order: cross attention, or several attentions in a layer")
     return calls
-
-
-def _never_called(model: nn.Module, i: int) -> str:
-    return (f"layer {i} of {type(model).__name__} never called the attention interface: it has a recurrent state, "
-            "a convolution or its own attention")
 
 
 def _record(call: AttentionCall) -> AttentionLayer:
@@ -86,14 +86,15 @@ def _record(call: AttentionCall) -> AttentionLayer:
     n_heads, n_kv_heads = query.shape[1], key.shape[1]
     if not (query.shape[2] == key.shape[2] == value.shape[2] and value.shape[1] == n_kv_heads
             and query.shape[3] == key.shape[3] and n_heads % n_kv_heads == 0):
-        raise UnsupportedModelError(f"{call.name} attends to something else than its own tokens: query "
-                                    f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}")
+        raise UnsupportedModelError(
+            f"{call.name} attends to something else than its own tokens: query {tuple(query.shape)}, key "
+            f"{tuple(key.shape)}, value {tuple(value.shape)}")
     scale, window, softcap = (_number(call, option) for option in ("scaling", "sliding_window", "softcap"))
     sinks: Tensor | None = call.options.get("s_aux")
     if sinks is not None and (not isinstance(sinks, Tensor) or sinks.shape != (n_heads,)):
         raise UnsupportedModelError(f"{call.name} has sinks that are not one logit per head")
-    spec = AttentionSpec(num_heads=n_heads, num_kv_heads=n_kv_heads, key_dim=query.shape[3], value_dim=value.shape[3],
-                         scale=query.shape[3] ** -0.5 if scale is None else scale,
+    spec = AttentionSpec(num_heads=n_heads, num_kv_heads=n_kv_heads, key_dim=query.shape[3],
+                         value_dim=value.shape[3], scale=query.shape[3] ** -0.5 if scale is None else scale,
                          window=int(window) if window is not None and window > 0 else None,
                          softcap=softcap, has_sink=sinks is not None)
     return AttentionLayer(spec, None if sinks is None else sinks.detach(), call.name)
@@ -104,7 +105,8 @@ def _number(call: AttentionCall, option: str) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise UnsupportedModelError(f"{call.name} passes {option} as a {type(value).__name__}, not as one number")
+        raise UnsupportedModelError(
+            f"{call.name} passes {option} as a {type(value).__name__}, not as one number")
     return value
 
 
@@ -117,15 +119,16 @@ def _check_options(call: AttentionCall) -> None:
         elif option == "dropout" and value:
             raise UnsupportedModelError(f"{call.name} drops out: the model is in training mode")
         elif option not in SPEC_OPTIONS | NEUTRAL_OPTIONS and value is not None and value is not False:
-            raise UnsupportedModelError(f"{call.name} passes {option!r} to its attention, which ringserve does not "
-                                        "know and will not ignore")
+            raise UnsupportedModelError(
+                f"{call.name} passes {option!r} to its attention, which ringserve does not know and will "
+                "not ignore")
     if getattr(call.module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{call.name} is not causal")
 
 
-def forward(model: nn.Module, token_ids: Tensor, position_ids: Tensor, logit_rows: Tensor, ring_step: RingStep,
-            ) -> Tensor:
-    """The logits [R, V] of the rows `logit_rows` [R] of a step: `token_ids` [T], `position_ids` [T], in any order."""
+def forward(model: nn.Module, token_ids: Tensor, position_ids: Tensor, logit_rows: Tensor,
+            ring_step: RingStep) -> Tensor:
+    """The logits [R, V] of rows `logit_rows` [R] of a step: `token_ids`, `position_ids` [T] in any order."""
     with torch.no_grad():
         # An index tensor, also when it is empty: the number 0 means all rows to transformers.
         output = model(input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False,

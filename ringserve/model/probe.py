@@ -1,9 +1,9 @@
 """One short forward that shows what each attention layer is asked to compute, and with which mask.
 
 For the length of a probe the model runs under a private attention name with a mask function of its own. That
-function receives the mask as transformers composes it, a predicate over (batch, head, query, key), and hands it to
-the layers unevaluated, in place of a mask tensor. So one forward of two tokens yields everything: shapes, scale,
-window, soft cap, sinks, and a predicate that can be asked about token indices in the millions.
+function receives the mask as transformers composes it, a predicate over (batch, head, query, key), and hands
+it to the layers unevaluated, in place of a mask tensor. So one forward of two tokens yields everything:
+shapes, scale, window, soft cap, sinks, and a predicate that can be asked about token indices in the millions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringserve.errors import UnsupportedModelError
-from ringserve.model.quiet import quiet_transformers
+from ringserve.model.quiet import first_line, quiet_transformers
 
 PROBE_NAME = "ringserve_probe"
 
@@ -25,7 +25,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LazyMask:
-    """Stands where a mask tensor would; whatever a model does to it except passing it on fails, and is refused."""
+    """Stands where a mask tensor would; a model that does more than pass it on is refused."""
 
     function: MaskFunction
 
@@ -66,7 +66,8 @@ def probe(model: nn.Module, token_ids: Sequence[int], position_ids: Sequence[int
 
 
 @torch.no_grad()
-def run_model(model: nn.Module, token_ids: Sequence[int], position_ids: Sequence[int], ring_step: object) -> Tensor:
+def run_model(model: nn.Module, token_ids: Sequence[int], position_ids: Sequence[int],
+              ring_step: object) -> Tensor:
     """The logits [T, V] of a few tokens; a failure inside transformers is the model's, not the server's."""
     device = next(model.parameters()).device
     ids, positions = (torch.tensor([list(values)], device=device) for values in (token_ids, position_ids))
@@ -78,9 +79,8 @@ def run_model(model: nn.Module, token_ids: Sequence[int], position_ids: Sequence
     except UnsupportedModelError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise UnsupportedModelError(f"{type(model).__name__} cannot run with ringserve's attention: "
-                                    f"{type(error).__name__}: {text[0] if text else ''}") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run with ringserve's attention: {first_line(error)}") from error
     logits: Tensor = output.logits[0]
     return logits
 
@@ -97,11 +97,13 @@ def attention_name(model: nn.Module, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _probe_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object = None,
-                     *, ring_step: CallLog | None = None, **options: Any) -> tuple[Tensor, None]:
+def _probe_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                     attention_mask: object = None, *, ring_step: CallLog | None = None, **options: Any,
+                     ) -> tuple[Tensor, None]:
     if ring_step is None:
-        raise UnsupportedModelError(f"{type(module).__name__} does not pass keyword arguments on to its attention "
-                                    "function, which the ring needs")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention function, which "
+            "the ring needs")
     ring_step.add(module, query, key, value, attention_mask, options)
     batch, n_heads, n_tokens, _ = query.shape
     return query.new_zeros(batch, n_tokens, n_heads, value.shape[-1]), None

@@ -18,10 +18,10 @@ ROUNDS = 3
 def attention_flops(runner: ModelRunner) -> float:
     """FLOP/s of a dense tile of the model's widest-seeing layer."""
     spec = max((layer.spec for layer in runner.layers), key=lambda s: s.window or 1 << 62)
-    make = dict(dtype=runner.dtype, device=runner.device)
-    q = torch.randn(1, spec.num_heads, PROBE_ROWS, spec.key_dim, **make)  # type: ignore[call-overload]
-    k = torch.randn(1, spec.num_kv_heads, PROBE_KEYS, spec.key_dim, **make)  # type: ignore[call-overload]
-    v = torch.randn(1, spec.num_kv_heads, PROBE_KEYS, spec.value_dim, **make)  # type: ignore[call-overload]
+    q, k, v = (torch.randn(1, heads, tokens, dim, dtype=runner.dtype, device=runner.device)
+               for heads, tokens, dim in ((spec.num_heads, PROBE_ROWS, spec.key_dim),
+                                          (spec.num_kv_heads, PROBE_KEYS, spec.key_dim),
+                                          (spec.num_kv_heads, PROBE_KEYS, spec.value_dim)))
     best = float("inf")
     for _ in range(ROUNDS):
         started = time.perf_counter()
@@ -55,9 +55,9 @@ def link_bytes_per_s(ring: RingGroup, epoch: int, largest_message: int) -> float
 def free_bytes(device: torch.device) -> int:
     """Memory to be had: of the GPU, or of the host within its control group's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
+    return max(int(free), 0)

@@ -1,4 +1,4 @@
-"""Silence for transformers' progress bars and advice, which would end up in the log of every rank."""
+"""transformers kept quiet: its progress bars and advice would end up in the log of every rank."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,3 +21,9 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of the library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -36,8 +36,9 @@ def fix_frequencies(model: nn.Module, max_model_len: int) -> None:
 
 def _layer_types(module: nn.Module) -> list[str | None]:
     """The keys of the module's frequency sets: [None] for the usual one, or one per layer type (Gemma 3)."""
-    names = [name for name in module._buffers if name.endswith("inv_freq") and not name.endswith("original_inv_freq")]
-    return [name.removesuffix("inv_freq").removesuffix("_") or None for name in names]
+    names = [name for name in module._buffers if name.endswith("inv_freq")]
+    return [name.removesuffix("inv_freq").removesuffix("_") or None for name in names
+            if not name.endswith("original_inv_freq")]
 
 
 def _fix_rope_type(module: Any, layer_type: str | None, max_model_len: int) -> None:
@@ -47,13 +48,16 @@ def _fix_rope_type(module: Any, layer_type: str | None, max_model_len: int) -> N
         raise UnsupportedModelError(DYNAMIC_REASON)
     if rope_type != "longrope":
         return
-    parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
+    parameters = module.config.rope_parameters
+    if layer_type is not None:
+        parameters = parameters[layer_type]
     original = parameters["original_max_position_embeddings"]
     if max_model_len > original:
         named = {} if layer_type is None else {"layer_type": layer_type}
         frequencies = _buffer(module, layer_type)
         # A length beyond the original one is how transformers is asked for the long set.
-        long_set, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, frequencies.device, seq_len=original + 1, **named)
+        long_set, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, frequencies.device, seq_len=original + 1,
+                                                      **named)
         frequencies.copy_(long_set)
     # Any other name keeps `dynamic_rope_update` from choosing again.
     if layer_type is None:
@@ -78,19 +82,22 @@ def _extend(name: str, module: Any) -> None:
         cos, sin = inner(x, position_ids, **named)
         far = position_ids >= EXACT_BELOW
         if bool(far.any()):
-            angles = layouts[layer_type](position_ids[far][:, None].double() * _buffer(module, layer_type).double())
-            scaling = _scaling(module, layer_type)
-            cos[far], sin[far] = (angles.cos() * scaling).to(cos.dtype), (angles.sin() * scaling).to(sin.dtype)
+            angles = position_ids[far][:, None].double() * _buffer(module, layer_type).double()
+            angles, scaling = layouts[layer_type](angles), _scaling(module, layer_type)
+            cos[far] = (angles.cos() * scaling).to(cos.dtype)
+            sin[far] = (angles.sin() * scaling).to(sin.dtype)
         return cos, sin
 
     module.forward = forward
 
 
 def _scaling(module: Any, layer_type: str | None) -> float:
-    return float(getattr(module, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling"))
+    name = "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling"
+    return float(getattr(module, name))
 
 
-def _layout(name: str, module: Any, inner: Callable[..., Any], layer_type: str | None) -> Callable[[Tensor], Tensor]:
+def _layout(name: str, module: Any, inner: Callable[..., Any], layer_type: str | None,
+            ) -> Callable[[Tensor], Tensor]:
     """How the module lays angles out over the head dimension, found by asking it for one position."""
     frequencies = _buffer(module, layer_type)
     position = torch.tensor([[3]], device=frequencies.device)
@@ -99,10 +106,11 @@ def _layout(name: str, module: Any, inner: Callable[..., Any], layer_type: str |
     angles = 3.0 * frequencies[None].float()
     for layout in (_once, _twice, _interleaved):
         expected = layout(angles).cos() * _scaling(module, layer_type)
-        if isinstance(cos, tuple) and cos[0].shape[1:] == expected.shape and torch.allclose(cos[0][0], expected):
+        if (isinstance(cos, tuple) and cos[0].shape[1:] == expected.shape
+                and torch.allclose(cos[0][0], expected)):
             return layout
-    raise UnsupportedModelError(f"the rotary embedding {name} lays its angles out in a way that ringserve cannot "
-                                f"continue beyond {EXACT_BELOW} positions: lower max_model_len")
+    raise UnsupportedModelError(f"the rotary embedding {name} lays its angles out in a way that ringserve "
+                                f"cannot continue beyond {EXACT_BELOW} positions: lower max_model_len")
 
 
 def _once(angles: Tensor) -> Tensor:

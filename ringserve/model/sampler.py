@@ -92,7 +92,7 @@ def _adjusted(logits_V: Tensor, row: SampleInput) -> Tensor:
     params = row.request.params
     logits_V = logits_V.clone()
     if params.repetition_penalty != 1:
-        seen = row.token_ids.to(logits_V.device).unique()
+        seen = torch.unique(row.token_ids.to(logits_V.device))
         some = logits_V[seen]
         logits_V[seen] = torch.where(some > 0, some / params.repetition_penalty, some * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:

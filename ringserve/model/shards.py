@@ -1,7 +1,7 @@
 """The safetensors files of a checkpoint, checked by their headers alone: no tensor is read.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header that gives each tensor's dtype, shape
-and byte range, and the bytes. A download that stopped early is therefore found here, before any rank starts.
+A safetensors file is an 8-byte little-endian header length, a JSON header that gives each tensor's dtype,
+shape and byte range, and the bytes. A download that stopped early is found here, before any rank starts.
 """
 
 import json
@@ -18,8 +18,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Names in a safetensors header. What is not here (fp8, packed fp4) only occurs in quantised checkpoints.
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-              "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
+              "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def read_shards(directory: Path) -> Shards:
 
 
 def _tensors_by_file(directory: Path) -> dict[Path, set[str]]:
-    """The files to load, with the tensors that each must hold; a single file comes first, as in transformers."""
+    """The files to load, with the tensors each must hold; a single file comes first, as in transformers."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return {single: set()}
     if not index.is_file():
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-            raise CheckpointError(f"{directory} has its weights as pickle files (.bin or .pt) only, which can run code "
-                                  "when they are opened; convert them to safetensors")
+            raise CheckpointError(f"{directory} has its weights as pickle files (.bin or .pt) only, which "
+                                  "can run code when they are opened; convert them to safetensors")
         raise CheckpointError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -67,8 +67,8 @@ def _tensors_by_file(directory: Path) -> dict[Path, set[str]]:
             raise CheckpointError(f"{index} places {tensor} in {name!r}, which is not a file beside it")
         files.setdefault(directory / name, set()).add(tensor)
     if absent := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{directory} lacks {len(absent)} of the {len(files)} weight files of its index, "
-                              f"for example {absent[0]}")
+        raise CheckpointError(f"{directory} lacks {len(absent)} of the {len(files)} weight files of its "
+                              f"index, for example {absent[0]}")
     return files
 
 
@@ -81,8 +81,8 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
             raise CheckpointError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull`")
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, max(size - 8, 0)):
-            raise CheckpointError(f"{file} is truncated or no safetensors file: it has {size} bytes and its header "
-                                  f"claims {length}")
+            raise CheckpointError(f"{file} is truncated or no safetensors file: it has {size} bytes and its "
+                                  f"header claims {length}")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -91,10 +91,12 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
             for begin, end, name in ranges:
                 width = ITEM_BYTES.get(header[name]["dtype"])
                 if begin != position or (width and end - begin != width * math.prod(header[name]["shape"])):
-                    raise CheckpointError(f"{file} is damaged: the byte range of {name} does not fit its shape")
+                    raise CheckpointError(
+                        f"{file} is damaged: the byte range of {name} does not fit its shape")
                 position = end
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a safetensors header that cannot be read: {error!r}") from error
+            raise CheckpointError(
+                f"{file} has a safetensors header that cannot be read: {error!r}") from error
     if position + 8 + length != size:
         word = "truncated" if size < position + 8 + length else "longer than its header says"
         raise CheckpointError(f"{file} is {word}: {size} bytes of {position + 8 + length}")

@@ -1,20 +1,21 @@
 """Loading the weights of a checkpoint into transformers' model, without a copy where none is needed.
 
-transformers maps each safetensors file privately and makes every parameter whose dtype is the file's a view of the
-mapping. Nothing writes to it, so the ranks of one host share the page cache: 438 MiB of weights in two processes
-raised the unique memory of each by 10 MiB. Parameters of another dtype, and experts that a checkpoint stores one by
-one and transformers stacks, are copied once, tensor by tensor.
+transformers maps each safetensors file privately and makes every parameter whose dtype is the file's a view
+of the mapping. Nothing writes to it, so the ranks of one host share the page cache: reading all of 438 MiB of
+weights in two processes adds nothing to the memory that is either's alone. Parameters of another dtype, and
+experts that a checkpoint stores one by one and transformers stacks, are copied once, tensor by tensor.
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
-from ringserve.errors import CheckpointError
+from ringserve.errors import CheckpointError, UnsupportedModelError
 from ringserve.model.checkpoint import Checkpoint
 from ringserve.model.layers import ATTENTION_NAME
-from ringserve.model.quiet import quiet_transformers
+from ringserve.model.quiet import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,17 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
                ) -> nn.Module:
     """The model in evaluation mode under ringserve's attention; `dtype` defaults to the checkpoint's.
 
-    Raises CheckpointError when any parameter is missing from the files or has another shape there: nothing is ever
-    initialised at random.
+    Raises UnsupportedModelError when transformers gives the architecture no replaceable attention, and
+    CheckpointError when any parameter is missing from the files or has another shape there: nothing is
+    ever initialised at random.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{checkpoint.architecture} has no attention that can be run over the ring: transformers marks it as "
+            "having a recurrent state or attention of its own")
     dtype = dtype or getattr(torch, checkpoint.dtype)
     # transformers' grouped expert kernel knows no fp64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
@@ -39,23 +46,23 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True, **experts)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise CheckpointError(f"the weights in {checkpoint.path} cannot be loaded: {type(error).__name__}: "
-                              f"{text[0] if text else ''}") from error
+        raise CheckpointError(
+            f"the weights in {checkpoint.path} cannot be loaded: {first_line(error)}") from error
     _check_report(checkpoint, report)
     model.eval().requires_grad_(False)
     # Module by module, so that at most one parameter exists twice.
     return model.to(device)  # type: ignore[no-any-return]
 
 
-def _check_report(checkpoint: Checkpoint, report: dict[str, set[object]]) -> None:
+def _check_report(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    path, architecture = checkpoint.path, checkpoint.architecture
     if mismatched := sorted(report["mismatched_keys"], key=str):
-        name, found, expected = mismatched[0]  # type: ignore[misc]
-        raise CheckpointError(f"{len(mismatched)} tensors in {checkpoint.path} have another shape than config.json "
+        name, found, expected = mismatched[0]
+        raise CheckpointError(f"{len(mismatched)} tensors in {path} have another shape than config.json "
                               f"says, for example {name}: {list(found)} instead of {list(expected)}")
-    if missing := sorted(map(str, report["missing_keys"])):
-        raise CheckpointError(f"{len(missing)} tensors of {checkpoint.architecture} are missing in {checkpoint.path}, "
-                              f"for example {', '.join(missing[:3])}")
-    if unexpected := sorted(map(str, report["unexpected_keys"])):
-        logger.warning("%d tensors in %s are not part of %s and were left out, for example %s", len(unexpected),
-                       checkpoint.path, checkpoint.architecture, ", ".join(unexpected[:3]))
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{len(missing)} tensors of {architecture} are missing in {path}, for example "
+                              f"{', '.join(missing[:3])}")
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning("%d tensors in %s are not part of %s and were left out, for example %s",
+                       len(unexpected), path, architecture, ", ".join(unexpected[:3]))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ringserve.needle.codes import UNIT_DIMS, identity_codes, unit_codes
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 VOCABULARY = 6144
 HIDDEN = 320

@@ -22,7 +22,8 @@ def covered(plan: AttentionPlan, tokens: int) -> Counts:
     return counts
 
 
-def visible_pairs(rows: int, tokens: int, sequences: list[tuple[RowSpan, KeyBlocks]], window: int | None) -> Counts:
+def visible_pairs(rows: int, tokens: int, sequences: list[tuple[RowSpan, KeyBlocks]],
+                  window: int | None) -> Counts:
     """[rows, tokens]: 1 for each pair that must be attended, by brute force from the definition."""
     counts = np.zeros((rows, tokens), dtype=np.int64)
     for span, blocks in sequences:

@@ -28,7 +28,8 @@ class Placed:
     queries: list[Tensor]
     expected: list[Tensor]
 
-    def run(self, spec: AttentionSpec, segment: int, sink: Tensor | None = None) -> tuple[list[Tensor], list[ThreadRing]]:
+    def run(self, spec: AttentionSpec, segment: int,
+            sink: Tensor | None = None) -> tuple[list[Tensor], list[ThreadRing]]:
         size = len(self.stores)
 
         def work(ring: ThreadRing) -> Tensor:
@@ -38,9 +39,10 @@ class Placed:
         return run_ring(size, work)
 
 
-def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pass_q: list[bool], block: int = 16,
-          seed: int = 0, dtype: torch.dtype = torch.float32, holders: list[list[int]] | None = None,
-          peak: float = 1.0, sink: Tensor | None = None, scatter: bool = False) -> Placed:
+def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pass_q: list[bool],
+          block: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32,
+          holders: list[list[int]] | None = None, peak: float = 1.0, sink: Tensor | None = None,
+          scatter: bool = False) -> Placed:
     """`lengths`: (cached, new) tokens per sequence; `holders`: rank of each block, else round-robin."""
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -48,10 +50,10 @@ def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pas
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    blocks_needed = sum(-(-(cached + new) // block) for cached, new in lengths) + 2
-    stores = [KeyValues(normal(spec.num_kv_heads, blocks_needed * block, spec.key_dim),
-                        normal(spec.num_kv_heads, blocks_needed * block, spec.value_dim)) for _ in range(size)]
-    free = [list(rng.permutation(blocks_needed)) if scatter else list(range(blocks_needed)) for _ in range(size)]
+    slots_needed = sum(-(-(cached + new) // block) for cached, new in lengths) + 2
+    stores = [KeyValues(normal(spec.num_kv_heads, slots_needed * block, spec.key_dim),
+                        normal(spec.num_kv_heads, slots_needed * block, spec.value_dim)) for _ in range(size)]
+    free = [list(rng.permutation(slots_needed) if scatter else range(slots_needed)) for _ in range(size)]
     queries: list[list[Tensor]] = [[] for _ in range(size)]
     expected: list[list[Tensor]] = [[] for _ in range(size)]
     starts = [0] * size
@@ -60,7 +62,8 @@ def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pas
         total = cached + new
         count = -(-total // block)
         owners = holders[number] if holders else [(b + number) % size for b in range(count)]
-        k, v = normal(total, spec.num_kv_heads, spec.key_dim), normal(total, spec.num_kv_heads, spec.value_dim) + 0.5
+        k = normal(total, spec.num_kv_heads, spec.key_dim)
+        v = normal(total, spec.num_kv_heads, spec.value_dim) + 0.5
         q = normal(total, spec.num_heads, spec.key_dim) * peak
         index = torch.arange(total)
         o, _ = reference_attention(q[cached:], k, v, index[cached:], index, spec, sink)

@@ -1,6 +1,5 @@
 """Random placements: sequences whose blocks, slots, rows and holes are drawn, without any tensor."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,8 @@ class Placement:
 @st.composite
 def placements(draw: st.DrawFn, ranks: st.SearchStrategy[int], lengths: st.SearchStrategy[tuple[int, int]],
                most: int = 4) -> Placement:
-    """Blocks go to random holders and slots (adjacent ones or not); some blocks are not computed yet; rows are
-    some of the new tokens, wherever those are."""
+    """Blocks go to random holders and slots (adjacent ones or not), some ranks stay idle. With holes, some
+    blocks are not computed yet and the rows are anywhere."""
     size = draw(ranks)
     block = draw(st.sampled_from([1, 4, 16, 64]))
     wanted = draw(st.lists(lengths, min_size=1, max_size=most))
@@ -53,4 +52,5 @@ def placements(draw: st.DrawFn, ranks: st.SearchStrategy[int], lengths: st.Searc
     return Placement(size, slots * block, sequences)
 
 
-windows: Callable[[], st.SearchStrategy[int | None]] = lambda: st.sampled_from([None, None, 1, 5, 64, 200, 5000])  # noqa: E731
+def windows() -> st.SearchStrategy[int | None]:
+    return st.sampled_from([None, None, 1, 5, 64, 200, 5000])

@@ -23,8 +23,8 @@ State = tuple[Tensor, Tensor]
 
 def make_spec(*, kv_heads: int = 2, group: int = 2, dim: int = 32, value_dim: int | None = None,
               window: int | None = None, softcap: float | None = None) -> AttentionSpec:
-    return AttentionSpec(num_heads=kv_heads * group, num_kv_heads=kv_heads, key_dim=dim, value_dim=value_dim or dim,
-                         scale=dim**-0.5, window=window, softcap=softcap)
+    return AttentionSpec(num_heads=kv_heads * group, num_kv_heads=kv_heads, key_dim=dim,
+                         value_dim=value_dim or dim, scale=dim**-0.5, window=window, softcap=softcap)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Shards:
 
     def attend_all(self) -> State:
         """The partials of all shards, merged."""
-        state = new_state(self.rows, self.spec.num_heads, self.spec.value_dim, self.batch.dtype, torch.device("cpu"))
+        state = new_state(self.rows, self.spec.num_heads, self.spec.value_dim, self.batch.dtype,
+                          torch.device("cpu"))
         for shard in range(self.batch.shards):
             merge_attention_states(*state, *self.attend(shard))
         return state
@@ -148,6 +149,6 @@ def batches(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Batch]:
 
 def specs() -> st.SearchStrategy[AttentionSpec]:
     return st.builds(
-        make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 4, 8]), dim=st.sampled_from([16, 32]),
-        value_dim=st.sampled_from([None, None, 24]), window=st.sampled_from([None, None, 1, 7, 40, 500]),
-        softcap=st.sampled_from([None, None, 5.0]))
+        make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 4, 8]),
+        dim=st.sampled_from([16, 32]), value_dim=st.sampled_from([None, None, 24]),
+        window=st.sampled_from([None, None, 1, 7, 40, 500]), softcap=st.sampled_from([None, None, 5.0]))

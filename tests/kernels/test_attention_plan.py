@@ -1,4 +1,4 @@
-"""How attention is cut into tiles: every visible pair once, no other pair ever, and the shapes that keep it fast."""
+"""How attention is cut into tiles: every visible pair once, no other pair ever, in shapes that are fast."""
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ def test_every_visible_pair_is_covered_once(placement: Placement, window: int | 
 
 @settings(max_examples=15, deadline=None)
 @given(placements(st.just(1), LONG, most=2), windows())
-def test_every_visible_pair_is_covered_once_with_dense_tiles(placement: Placement, window: int | None) -> None:
+def test_dense_tiles_cover_no_pair_that_others_cover(placement: Placement, window: int | None) -> None:
     assert_covers(placement, window)
 
 
 @settings(max_examples=40, deadline=None)
 @given(placements(st.just(1), SHORT), windows())
 def test_padding_stays_inside_the_own_keys(placement: Placement, window: int | None) -> None:
-    """What lies elsewhere in the storage may be another sequence's, even NaN: not even padding may touch it."""
+    """What lies elsewhere in the storage may be another sequence's, even NaN: padding may not touch it."""
     for s in placement.sequences:
         own = set(s.keys[0].keys()[1].tolist())
         span = RowSpan(0, s.spans[0].index)
@@ -67,13 +67,12 @@ def test_a_partly_filled_block_ends_a_run() -> None:
     ([16], None, [0, 16]),
     ([48], 17, [32]),
     ([48], 18, [16, 32]),
-    ([48, 300], 16, []),
+    ([63, 64], 16, []),
     ([], None, []),
 ])
-def test_reach_is_what_at_least_one_row_may_see(rows: list[int], window: int | None, expected: list[int]) -> None:
-    held = blocks([0, 16, 32], [16, 16, 1 if window is None else 16], [0, 16, 32])
-    if rows == [48, 300]:
-        held = held.take(slice(0, 2))
+def test_reach_is_what_at_least_one_row_may_see(
+        rows: list[int], window: int | None, expected: list[int]) -> None:
+    held = blocks([0, 16, 32], [16, 16, 16], [0, 16, 32])
     assert held.in_reach(np.array(rows, dtype=np.int64), window).first.tolist() == expected
 
 

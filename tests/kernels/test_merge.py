@@ -1,4 +1,4 @@
-"""Merging partials: the algebra, the empty rows, the extremes, and golden numbers that other conventions fail."""
+"""Merging partials: the algebra, empty rows, extremes, and golden numbers that other conventions fail."""
 
 import math
 
@@ -46,7 +46,10 @@ def formula(*parts: State) -> State:
 
 
 def assert_same(a: State, b: State) -> None:
-    torch.testing.assert_close(a[0].double(), b[0].double(), rtol=1e-5, atol=1e-6)
+    """Up to rounding: an lse of 3e4 is only known to 2e-3, and so are the weights that it gives."""
+    largest = float(b[1].masked_fill(b[1].isneginf(), 0.0).abs().max())
+    weights = max(1e-5, 8 * largest * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(a[0].double(), b[0].double(), rtol=weights, atol=weights)
     torch.testing.assert_close(a[1].double(), b[1].double(), rtol=1e-6, atol=1e-5)
 
 
@@ -122,8 +125,8 @@ def test_golden_merges(lse: float, other: float, o: float, whole: float) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 1e4], ids=["the device's kernel", "plain operations"])
 def test_golden_tiles(softcap: float | None, dtype: torch.dtype) -> None:
-    """Scores 0, ln 2, ln 4 by construction, then a row that sees one key and a row that sees none: each backend
-    must speak natural logarithms and -inf, whatever it says by itself (base 2: 2.807; +inf; 0.0)."""
+    """Scores 0, ln 2, ln 4 by construction, then a row that sees one key and a row that sees none: each
+    backend must speak natural logarithms and -inf, whatever it says by itself (base 2: 2.807; +inf; 0.0)."""
     spec = make_spec(kv_heads=1, group=1, dim=16, softcap=softcap)
     q, k, v = torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)
     q[..., 0] = 4.0

@@ -69,7 +69,8 @@ def test_pass_kv_sends_what_the_formula_says(size: int) -> None:
         for to in range(size):
             rows = placed.sequences[0].spans[to].index
             # A block is sent unless it begins after the last row there: no visible key in the pair.
-            seen = sum(int(n) for f, n in zip(keys.first, keys.length) if to != rank and len(rows) and f <= rows[-1])
+            seen = sum(int(n) for first, n in zip(keys.first, keys.length)
+                       if to != rank and len(rows) and first <= rows[-1])
             assert ring.bytes_sent[to] == seen * key_bytes
     held = [p.tokens for p in placed.sequences[0].keys]
     unseen = (size - 1) * sum(held) * key_bytes - sum(sum(r.bytes_sent) for r in rings)

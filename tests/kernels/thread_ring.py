@@ -25,7 +25,8 @@ class ThreadRing:
         self.bytes_sent = [0] * size
         self.open = 0
 
-    def post(self, shift: int, send_bytes: int, fill: Callable[[Tensor], None], receive_bytes: int) -> _Ticket:
+    def post(self, shift: int, send_bytes: int, fill: Callable[[Tensor], None],
+             receive_bytes: int) -> _Ticket:
         assert send_bytes or receive_bytes
         self.open += 1
         assert self.open <= 2, "more than two exchanges open"

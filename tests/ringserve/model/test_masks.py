@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_overlay,
+    sliding_window_overlay,
+)
 
 from ringserve.config import ModelConfig
 from ringserve.errors import UnsupportedModelError
@@ -25,7 +31,8 @@ def open_layers(path: object) -> tuple[torch.nn.Module, list[AttentionLayer]]:
 
 
 @pytest.mark.parametrize("chunk, max_position_embeddings", [(8192, 131072), (48, 64), (8192, 4096)])
-def test_llama4_is_refused(chunk: int, max_position_embeddings: int, write_checkpoint: WriteCheckpoint) -> None:
+def test_llama4_is_refused(chunk: int, max_position_embeddings: int,
+                           write_checkpoint: WriteCheckpoint) -> None:
     config = transformers.Llama4TextConfig(
         **SMALL, head_dim=16, intermediate_size_mlp=32, num_local_experts=1, attention_chunk_size=chunk,
         max_position_embeddings=max_position_embeddings, no_rope_layers=[1, 0])
@@ -35,10 +42,11 @@ def test_llama4_is_refused(chunk: int, max_position_embeddings: int, write_check
 
 
 def test_bidirectional_models_are_refused(write_checkpoint: WriteCheckpoint) -> None:
-    config = transformers.Gemma3TextConfig(**SMALL, head_dim=16, max_position_embeddings=256, sliding_window=32,
-                                           use_bidirectional_attention=True)
+    config = transformers.Gemma3TextConfig(
+        **SMALL, head_dim=16, max_position_embeddings=256, sliding_window=32,
+        use_bidirectional_attention=True)
     path = write_checkpoint(config)
-    with pytest.raises(UnsupportedModelError, match="not causal|shows token"):
+    with pytest.raises(UnsupportedModelError, match=r"not causal|shows token"):
         check_masks(*open_layers(path))
 
 
@@ -65,7 +73,8 @@ def test_a_mask_of_the_models_own_making_is_refused(family_directory: FamilyDire
 
 
 @pytest.mark.parametrize("chunk", [3, 100, 8191, 8192, 1_000_003, 5_000_000])
-def test_chunks_named_nowhere_in_the_configuration_are_found(chunk: int, family_directory: FamilyDirectory) -> None:
+def test_chunks_named_nowhere_in_the_configuration_are_found(
+        chunk: int, family_directory: FamilyDirectory) -> None:
     model, layers = open_layers(family_directory("llama"))
     query, key = _pairs(_edges(model.config, [layer.spec for layer in layers]), 1 << 24)
     function = and_masks(chunked_overlay(chunk, torch.zeros(1, dtype=torch.long)), causal_mask_function)
@@ -83,7 +92,7 @@ def test_pairs_touch_both_sides_of_every_window_edge(family_directory: FamilyDir
 
 
 def test_scalar_only_predicates_are_vmapped() -> None:
-    def scalar(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def scalar(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if query.dim():
             raise RuntimeError("scalars only")
         return key <= query

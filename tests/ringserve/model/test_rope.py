@@ -30,7 +30,8 @@ def layer_types(rotary: Any) -> list[list[str]]:
     return [[layer_type] for layer_type in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [[]]
 
 
-def ask(rotary: Any, positions: list[int], *layer_type: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def ask(rotary: Any, positions: list[int], *layer_type: str, dtype: torch.dtype = torch.float32,
+        ) -> tuple[Tensor, Tensor]:
     cos, sin = rotary(torch.zeros(1, len(positions), 4, dtype=dtype), torch.tensor([positions]), *layer_type)
     return cos[0], sin[0]
 
@@ -59,7 +60,8 @@ def test_near_rows_keep_the_numbers_of_transformers(family: str, dtype: torch.dt
     theirs = open_rotary(family, EXACT_BELOW)
     for kind in layer_types(mine):
         near = [EXACT_BELOW - 1, 0, 777, 131_072]
-        for a, b in zip(ask(mine, [TEN_MILLION - 1, *near], *kind, dtype=dtype), ask(theirs, near, *kind, dtype=dtype)):
+        actual = ask(mine, [TEN_MILLION - 1, *near], *kind, dtype=dtype)
+        for a, b in zip(actual, ask(theirs, near, *kind, dtype=dtype)):
             assert torch.equal(a[1:], b)
             assert a.dtype == b.dtype
 
@@ -91,7 +93,8 @@ def test_an_unknown_layout_is_refused_only_where_it_matters() -> None:
         fix_frequencies(model, EXACT_BELOW + 1)
 
 
-@pytest.mark.parametrize("max_model_len, used", [(128, "short_factor"), (129, "long_factor"), (2048, "long_factor")])
+@pytest.mark.parametrize("max_model_len, used", [
+    (128, "short_factor"), (129, "long_factor"), (2048, "long_factor")])
 def test_longrope_uses_one_set_for_every_call(max_model_len: int, used: str) -> None:
     rotary = open_rotary("phi3-longrope", max_model_len)
     factors = torch.tensor(rotary.config.rope_parameters[used])
@@ -115,6 +118,7 @@ def test_scaling_asked_for_reaches_the_model(family_directory: FamilyDirectory) 
     path = str(family_directory("llama"))
     scaling = '{"rope_type": "linear", "factor": 4.0}'
     plain = load_model(read_checkpoint(ModelConfig(model=path)))
-    scaled = load_model(read_checkpoint(ModelConfig(model=path, rope_scaling=scaling, max_model_len=4 * MAX_POSITIONS)))
+    scaled = load_model(read_checkpoint(
+        ModelConfig(model=path, rope_scaling=scaling, max_model_len=4 * MAX_POSITIONS)))
     frequencies = [model.get_buffer("model.rotary_emb.inv_freq") for model in (plain, scaled)]
     assert torch.allclose(frequencies[0], 4 * frequencies[1])
