@@ -92,12 +92,13 @@ class AsyncEngine:
         from ringserve.model.checkpoint import read_checkpoint
 
         directory = await asyncio.to_thread(resolve_model, config.model.model)
-        checkpoint = await asyncio.to_thread(read_checkpoint, replace(config.model, model=directory))
-        tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        # First of all, so that its ranks import torch while this process reads the tokenizer.
         process = ChildProcess("ringserve.engine_process", Report)
         try:
             reader, writer = await _streams_of(process.socket)
             writer.write(encode_frame(EngineSetup(config=config, checkpoint=directory)))
+            checkpoint = await asyncio.to_thread(read_checkpoint, replace(config.model, model=directory))
+            tokenizer = await asyncio.to_thread(Tokenizer, directory)
             try:
                 ready = await _receive(reader)
             except (asyncio.IncompleteReadError, OSError):

@@ -21,6 +21,8 @@ class Machine:
     """Bytes/s from one rank to another; infinity for a ring of one."""
     element_bytes: int
     """Of one number in the KV cache."""
+    overlaps: bool
+    """Whether transfers run beside the attention (a GPU's copy engines and network card), or take the same cores."""
 
 
 def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Machine) -> bool:
@@ -28,11 +30,16 @@ def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Mac
 
     pass-KV if T >= N C K e / (2 H BW), when its transfer hides behind the attention, or if
     T / (T + P) >= 2 K / H - 4 T BW / (N C e), when it moves less than queries and partial results would.
-    With P = 0 the causal half doubles the first threshold.
+    With P = 0 the causal half doubles the first threshold. Where transfers take the cores that compute, nothing
+    hides: then whichever moves fewer bytes.
     """
     if group.window is not None:
         cached = min(cached, group.window)
     heads, kv_heads = group.num_heads, group.num_kv_heads
+    if not machine.overlaps:
+        keys = (new + cached) * kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
+        partials = 4 * (group.value_dim + 1)
+        return keys <= new * heads * (group.key_dim * machine.element_bytes + partials)
     compute = ranks * machine.flops * machine.element_bytes
     hidden_from = compute * kv_heads / (2 * heads * machine.link_bytes_per_s)
     if new >= (hidden_from if cached else 2 * hidden_from):

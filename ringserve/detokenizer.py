@@ -1,24 +1,33 @@
 """Detokenizer: a growing answer as text, never splitting a character, ending at stop strings."""
 
+import os
 from collections.abc import Sequence
-
-from tokenizers.decoders import DecodeStream
 
 from ringserve.sampling_params import SamplingParams
 from ringserve.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 8
 """Last tokens of the prompt that the decoder sees: some write a token's text by what stands before it."""
+REPLACEMENT = "�"
+"""What a decoder shows for bytes that make no character, or none yet."""
+MOST_PENDING = 64
+"""Tokens without a whole character at their end; more of them are not the start of one."""
+UNFINISHED_TOKENS = 3
+"""A character has at most 4 bytes: what these last tokens leave open, the ones before do not."""
 
 
 class Detokenizer:
-    """Feed tokens, take text. `stop` is the stop string that was found, if any."""
+    """Feed tokens, take text. `stop` is the stop string that was found, if any.
+
+        window:  [ context ][ pending tokens ]      decoded together at each token
+        text:     given      new, held back while it ends inside a character
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer, self._params = tokenizer, params
-        self._context = list(prompt_tail[-CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=self._context, skip_special_tokens=params.skip_special_tokens)
-        self._pending_ids: list[int] = []
+        self._window = list(prompt_tail[-CONTEXT_TOKENS:])
+        self._context = len(self._window)
+        self._given = self._decode(self._window)
         self._held = ""
         self._count = 0
         self.stop: str | None = None
@@ -30,34 +39,66 @@ class Detokenizer:
             if self.stop is not None:
                 break
             self._count += 1
-            self._pending_ids.append(token)
-            piece = self._stream.step(self._tokenizer.backend, token)
-            if piece is not None:
-                self._pending_ids.clear()
-                text += self._filter(piece)
+            text += self._filter(self._take(token))
         return text
 
     def finish(self) -> str:
         """What was held back: the start of a stop string that did not come, bytes that make no character."""
         if self.stop is not None:
             return ""
-        rest = self._filter(self._tokenizer.decode(self._pending_ids, self._params.skip_special_tokens)
-                            if self._pending_ids else "")
-        self._pending_ids.clear()
+        rest = self._filter(self._new(self._decode(self._window)))
+        self._window, self._given = [], ""
         held, self._held = self._held, ""
         return rest + held if self.stop is None else rest
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._params.skip_special_tokens)
+
+    def _take(self, token: int) -> str:
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text == self._given and self._is_skipped(token):
+            self._window.pop()
+            return ""
+        whole = text.rstrip(REPLACEMENT)
+        new = self._new(whole)
+        if whole == text and new:
+            self._slide(len(self._window))
+        elif new:
+            self._given = whole
+        elif len(self._window) - self._context > MOST_PENDING:
+            sure = self._decode(self._window[:-UNFINISHED_TOKENS])
+            if text.startswith(sure):
+                new = self._new(sure)
+                self._slide(len(self._window) - UNFINISHED_TOKENS)
+        return new
+
+    def _is_skipped(self, token: int) -> bool:
+        return self._decode([token]) == "" != self._tokenizer.token_text(token)
+
+    def _new(self, text: str) -> str:
+        """What the window's text has beyond what was given. (A prompt may end inside a character.)"""
+        if self._given.startswith(text):
+            return ""
+        return text[len(os.path.commonprefix([self._given, text])):]
+
+    def _slide(self, stop: int) -> None:
+        """The text of the tokens before `stop` was given: those since the last time are the next context."""
+        self._window, self._context = self._window[self._context:], stop - self._context
+        self._given = self._decode(self._window[:self._context])
 
     def _filter(self, piece: str) -> str:
         if not self._params.stop:
             return piece
         text = self._held + piece
         if self._count >= self._params.min_tokens:
-            found = [(at, stop) for stop in self._params.stop if (at := text.find(stop)) >= 0]
+            found = [(at + len(stop), at, stop) for stop in self._params.stop if (at := text.find(stop)) >= 0]
             if found:
-                at, self.stop = min(found, key=lambda f: (f[0], -len(f[1])))
+                # The one that is complete first, however the text was cut into tokens.
+                end, at, self.stop = min(found)
                 self._held = ""
-                return text[:at + len(self.stop)] if self._params.include_stop_str_in_output else text[:at]
-        keep = max((n for stop in self._params.stop for n in range(1, min(len(stop), len(text) + 1))
+                return text[:end if self._params.include_stop_str_in_output else at]
+        keep = max((n for stop in self._params.stop for n in range(1, min(len(stop) - 1, len(text)) + 1)
                     if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep:]
         return text[:len(text) - keep]

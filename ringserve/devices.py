@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ringserve.config import RingConfig
 from ringserve.errors import ConfigError
@@ -61,6 +62,8 @@ def _transport(config: RingConfig, on_gpu: bool, reasons: list[str]) -> str:
 
 
 def _cuda_devices() -> int:
+    if sys.platform == "linux" and not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
+        return 0  # no driver: not worth importing torch for
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

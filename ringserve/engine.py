@@ -93,6 +93,7 @@ class LLMEngine:
 
     def _begin(self, slots: int, ready: list[CacheReady]) -> None:
         machine = Machine(flops=min(r.attention_flops for r in ready), element_bytes=self._element_bytes,
+                          overlaps=not self.executor.shares_host_memory,
                           link_bytes_per_s=min(r.link_bytes_per_s for r in ready) or float("inf"))
         mode = self.config.ring.ring_mode
         cost = CostModel(self.executor.groups, self.executor.linear_flops_per_token, self.executor.ring_size, machine,

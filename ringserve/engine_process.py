@@ -9,9 +9,11 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from ringserve.channel import Channel, ChannelClosedError, Inbox
+from ringserve.devices import place_ranks
 from ringserve.engine import LLMEngine
 from ringserve.errors import EngineDeadError, EngineError, RequestError, RingserveError
 from ringserve.executor import LocalExecutor
@@ -79,18 +81,14 @@ class EngineProcess:
         return 0
 
     def _startup(self) -> None:
-        from ringserve.config import ModelConfig
-        from ringserve.devices import place_ranks
-        from ringserve.model.checkpoint import read_checkpoint
-
         setup = self._inbox.get()
         assert isinstance(setup, EngineSetup)
         config = setup.config
-        checkpoint = read_checkpoint(ModelConfig(
-            model=setup.checkpoint, dtype=config.model.dtype, max_model_len=config.model.max_model_len,
-            rope_scaling=config.model.rope_scaling))
         placement = place_ranks(config.ring)
         self._executor = LocalExecutor(config.ring.ring_size, placement, config.ring.step_timeout_s)
+        from ringserve.model.checkpoint import read_checkpoint  # takes seconds, as the ranks' own imports do
+
+        checkpoint = read_checkpoint(replace(config.model, model=setup.checkpoint))
         self._executor.load(config, setup.checkpoint, checkpoint.dtype)
         element = {"float64": 8, "float32": 4}.get(checkpoint.dtype, 2)
         self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size, element)

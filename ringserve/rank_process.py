@@ -8,10 +8,10 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ringserve.channel import Channel, Inbox, exit_now
-from ringserve.config import ModelConfig
 from ringserve.errors import RingserveError
 from ringserve.plan import SchedulerOutput
 from ringserve.rank_messages import (
@@ -38,6 +38,8 @@ class RankProcess:
         self._runner: ModelRunner | None = None
 
     def run(self) -> int:
+        import ringserve.model.loading  # noqa: F401  # takes seconds: not after the engine has asked
+
         try:
             while True:
                 self._main(self._inbox.get())
@@ -69,9 +71,7 @@ class RankProcess:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         config = setup.config
-        model_config = ModelConfig(model=setup.checkpoint, dtype=config.model.dtype,
-                                   max_model_len=config.model.max_model_len, rope_scaling=config.model.rope_scaling)
-        model, layers = load_checked(read_checkpoint(model_config), device, dtype)
+        model, layers = load_checked(read_checkpoint(replace(config.model, model=setup.checkpoint)), device, dtype)
         self._runner = runner = ModelRunner(model, layers, block_size=config.cache.block_size,
                                    segment=config.ring.ring_segment, device=device, dtype=dtype)
         specs = [layer.spec for layer in layers]

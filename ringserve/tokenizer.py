@@ -5,7 +5,7 @@ Ids travel as array('I'). Special tokens are recognised where the template put t
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -51,8 +51,10 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise InvalidValueError("this model has no chat template: use /v1/completions", "messages")
         hidden: dict[str, str] = {}
-        shielded = [{**m, "content": self._shield(m["content"], hidden)} if isinstance(m.get("content"), str) else m
-                    for m in messages]
+        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+        unused = (chr(c) for c in _PLACEHOLDERS if not any(chr(c) in content for content in contents))
+        shielded = [{**m, "content": self._shield(m["content"], hidden, unused)}
+                    if isinstance(m.get("content"), str) else m for m in messages]
         try:
             text = self._tokenizer.apply_chat_template(
                 shielded, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -63,10 +65,12 @@ class Tokenizer:
         if not hidden:
             return array("I", self._encode(text, add=False, as_text=False))
         ids = array("I")
-        for part in self._special_pattern.split(text):
-            if part in self._special_ids:
-                ids.append(self._special_ids[part])
-            elif part:
+        for number, part in enumerate(self._special_pattern.split(text)):
+            if number % 2:
+                ids.append(self._special_ids[part] if part in self._special_ids else self._special_ids[part.strip()])
+            elif number:
+                ids.extend(self._inner_backend.encode(_unshield(part, hidden), add_special_tokens=False).ids)
+            else:
                 ids.extend(self._encode(_unshield(part, hidden), add=False, as_text=True))
         return ids
 
@@ -98,23 +102,36 @@ class Tokenizer:
             self._backend.encode_special_tokens = False
 
     @cached_property
+    def _special_tokens(self) -> list[tuple[int, Any]]:
+        return [(number, token) for number, token in self._backend.get_added_tokens_decoder().items() if token.special]
+
+    @cached_property
     def _special_ids(self) -> dict[str, int]:
-        return {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()
-                if token.special}
+        return {token.content: number for number, token in self._special_tokens}
 
     @cached_property
     def _special_pattern(self) -> "re.Pattern[str]":
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        """A special token's text, with the blanks around it that it swallows."""
+        longest_first = sorted((token for _, token in self._special_tokens), key=lambda t: len(t.content), reverse=True)
+        return re.compile("(" + "|".join(
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in longest_first) + ")")
+
+    @cached_property
+    def _inner_backend(self) -> Any:
+        """For plain text that follows a special token: without the space that some tokenizers put before the
+        first word of a whole text, and blind to special tokens."""
+        inner = type(self._backend).from_str(self._backend.to_str().replace(
+            '"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        inner.encode_special_tokens = True
+        return inner
 
     @cached_property
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in repr(self._backend.decoder)
 
-    def _shield(self, content: str, hidden: dict[str, str]) -> str:
-        """Replace special tokens' texts by characters that the content does not contain."""
+    def _shield(self, content: str, hidden: dict[str, str], unused: Iterator[str]) -> str:
+        """Replace special tokens' texts by characters that no message contains."""
         def replace(match: "re.Match[str]") -> str:
-            unused = (chr(c) for c in _PLACEHOLDERS if chr(c) not in content and chr(c) not in hidden)
             placeholder = next((p for p, text in hidden.items() if text == match[0]), None) or next(unused)
             hidden[placeholder] = match[0]
             return placeholder

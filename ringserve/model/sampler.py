@@ -3,6 +3,7 @@
 No state, so any rank can choose a request's next token. Shape suffixes: V vocabulary, N rows.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,10 @@ def sample(logits_NV: Tensor, inputs: list[SampleInput]) -> list[SampledTokens]:
         params = row.request.params
         plain = params.greedy and _is_plain(row)
         token = best[i] if plain else choose(logits_NV[i], row)
+        if token is None:
+            results.append(SampledTokens(row.request.handle, [], [], error=(
+                f"penalties, biases and forbidden ends leave no token to choose at token {row.position}")))
+            continue
         logprobs = [] if params.logprobs is None else [_logprob(logits_NV[i], token, params.logprobs)]
         results.append(SampledTokens(row.request.handle, [token], logprobs))
     return results
@@ -54,16 +59,21 @@ def _is_plain(row: SampleInput) -> bool:
             and row.num_output >= p.min_tokens)
 
 
-def choose(logits_V: Tensor, row: SampleInput) -> int:
-    """The token of one row: penalties and biases, temperature, min-p, top-k, top-p, then seeded noise."""
+def choose(logits_V: Tensor, row: SampleInput) -> int | None:
+    """The token of one row: penalties and biases, temperature, min-p, top-k, top-p, then seeded noise.
+
+    None when no token is left whose logit is a finite number."""
     params = row.request.params
     logits_V = _adjusted(logits_V, row)
+    best = logits_V.amax()
+    if not torch.isfinite(best):
+        return None
     if params.greedy:
         return int(logits_V.argmax())
-    logits_V = logits_V / params.temperature
+    # The best is 0 and the rest lies below, in fp64: no temperature, however small, makes a NaN of them.
+    logits_V = (logits_V.double() - best) / params.temperature
     if params.min_p > 0:
-        floor = logits_V.amax() + torch.log(torch.tensor(params.min_p))
-        logits_V = logits_V.masked_fill(logits_V < floor, -torch.inf)
+        logits_V = logits_V.masked_fill(logits_V < math.log(params.min_p), -torch.inf)
     if 0 < params.top_k < len(logits_V):
         threshold = logits_V.topk(params.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < threshold, -torch.inf)
@@ -71,7 +81,7 @@ def choose(logits_V: Tensor, row: SampleInput) -> int:
         logits_V = _nucleus(logits_V, params.top_p)
     # argmax of p / E with E ~ Exp(1) is a draw from p: one noise vector, no cumulative sum.
     noise_V = torch.empty(len(logits_V), dtype=torch.float64).exponential_(generator=_generator(row))
-    return int((torch.softmax(logits_V.double().cpu(), dim=-1) / noise_V).argmax())
+    return int((torch.softmax(logits_V.cpu(), dim=-1) / noise_V).argmax())
 
 
 def _generator(row: SampleInput) -> torch.Generator:
@@ -103,7 +113,7 @@ def _adjusted(logits_V: Tensor, row: SampleInput) -> Tensor:
         logits_V[token] += bias
     if row.num_output < params.min_tokens:
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else row.request.end_token_ids)}
-        logits_V[sorted(ends)] = -torch.inf
+        logits_V[[end for end in sorted(ends) if end < len(logits_V)]] = -torch.inf
     return logits_V
 
 

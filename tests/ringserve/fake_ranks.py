@@ -28,7 +28,7 @@ from ringserve.updates import RequestUpdate
 
 VOCABULARY = 24
 END = 0
-MACHINE = Machine(flops=1e9, link_bytes_per_s=1e9, element_bytes=4)
+MACHINE = Machine(flops=1e9, link_bytes_per_s=1e9, element_bytes=4, overlaps=True)
 
 
 def layer_group(window: int | None = None, layers: int = 1) -> LayerGroup:

@@ -16,7 +16,7 @@ def group(window: int | None = None, heads: int = 8, kv_heads: int = 2, layers: 
 
 
 # C = 1e12, BW = 1e9, e = 2, N = 4, K/H = 1/4: the transfer hides from N C K e / (2 H BW) = 1000 tokens on.
-MACHINE = Machine(flops=1e12, link_bytes_per_s=1e9, element_bytes=2)
+MACHINE = Machine(flops=1e12, link_bytes_per_s=1e9, element_bytes=2, overlaps=True)
 RANKS = 4
 HIDDEN = 1000
 
@@ -59,7 +59,7 @@ def test_a_window_layer_counts_only_what_its_window_reaches() -> None:
 
 
 def test_an_endless_link_always_moves_keys() -> None:
-    machine = Machine(flops=1e12, link_bytes_per_s=math.inf, element_bytes=2)
+    machine = Machine(flops=1e12, link_bytes_per_s=math.inf, element_bytes=2, overlaps=True)
     assert passes_kv(2, 10**6, group(), 1, machine)
 
 
@@ -104,3 +104,12 @@ def test_seconds_follow_the_steps_that_were_run() -> None:
     cost.observe(0.0, 5.0)
     cost.observe(1e9, 0.0)
     assert cost.seconds(1e9) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("cached, keys_travel", [(0, True), (2_000, True), (1_000_000, False)])
+def test_where_transfers_take_the_cores_the_fewer_bytes_travel(cached: int, keys_travel: bool) -> None:
+    machine = Machine(flops=1e12, link_bytes_per_s=1e9, element_bytes=2, overlaps=False)
+    new = 1024
+    keys = (new + cached) * 2 * (64 + 64) * 2
+    queries = new * 8 * (64 * 2 + 64 * 4 + 4)
+    assert passes_kv(new, cached, group(), 2, machine) == keys_travel == (keys <= queries)

@@ -28,7 +28,7 @@ def largest_product(codes: np.ndarray, *, absolute: bool) -> float:
 def test_unit_codes_all_have_norm_6_and_any_two_an_inner_product_of_at_most_5() -> None:
     codes = unit_codes(6720)  # the whole shell
     assert codes.shape == (6720, UNIT_DIMS)
-    assert np.all((codes**2).sum(axis=1) == UNIT_NORM == 6)
+    assert UNIT_NORM == 6 and np.all((codes**2).sum(axis=1) == UNIT_NORM)
     assert largest_product(codes, absolute=False) == 5
 
 

@@ -94,7 +94,7 @@ def test_a_pair_of_random_tokens_is_found_at_every_depth(n_tokens: int, dtype: t
     prompt = rng.choices(range(1, build.VOCABULARY), k=n_tokens)
     needles = [[*form[:2], name, *form[2:], value] for name, value in zip(names, values)]
     end = n_tokens - 5
-    for needle_ids, depth in zip(needles, (0.0, 0.1, 0.5, 0.9, 1.0)):
+    for needle_ids, depth in zip(needles, (0.0, 0.15, 0.5, 0.85, 1.0)):
         begin = int(depth * (end - 6))
         prompt[begin:begin + 6] = needle_ids
     prompt[end:] = needles[asked][:-1]
