@@ -1,6 +1,5 @@
 """Detokenizer: a growing answer as text, never splitting a character, ending at stop strings."""
 
-import os
 from collections.abc import Sequence
 
 from ringserve.sampling_params import SamplingParams
@@ -25,7 +24,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer, self._params = tokenizer, params
-        self._window = list(prompt_tail[-CONTEXT_TOKENS:])
+        self._window = self._whole_start(list(prompt_tail[-CONTEXT_TOKENS:]))
         self._context = len(self._window)
         self._given = self._decode(self._window)
         self._held = ""
@@ -67,20 +66,38 @@ class Detokenizer:
         elif new:
             self._given = whole
         elif len(self._window) - self._context > MOST_PENDING:
-            sure = self._decode(self._window[:-UNFINISHED_TOKENS])
-            if text.startswith(sure):
-                new = self._new(sure)
-                self._slide(len(self._window) - UNFINISHED_TOKENS)
+            new = self._sure(text)
         return new
+
+    def _sure(self, text: str) -> str:
+        """The part of a long pending text that no later token can change."""
+        last = len(self._window) - UNFINISHED_TOKENS
+        stop = min(range(last, last - UNFINISHED_TOKENS - 1, -1),
+                   key=lambda end: self._decode(self._window[:end]).count(REPLACEMENT))
+        sure = self._decode(self._window[:stop])
+        new = self._new(sure) if text.startswith(sure) else ""
+        if new:
+            self._slide(stop)
+        return new
+
+    def _whole_start(self, token_ids: list[int]) -> list[int]:
+        """Without the rest of a character that began before them: some decoders break all that follows it."""
+        def broken_start(ids: list[int]) -> int:
+            text = self._decode(ids)
+            return len(text) - len(text.lstrip(REPLACEMENT))
+
+        return min((token_ids[skip:] for skip in range(UNFINISHED_TOKENS + 1)), key=broken_start)
 
     def _is_skipped(self, token: int) -> bool:
         return self._decode([token]) == "" != self._tokenizer.token_text(token)
 
     def _new(self, text: str) -> str:
-        """What the window's text has beyond what was given. (A prompt may end inside a character.)"""
+        """What the window's text has beyond what was given."""
         if self._given.startswith(text):
             return ""
-        return text[len(os.path.commonprefix([self._given, text])):]
+        # They part where the context ended inside a character that is whole now.
+        same = next((i for i, (a, b) in enumerate(zip(self._given, text)) if a != b), len(self._given))
+        return text[same:]
 
     def _slide(self, stop: int) -> None:
         """The text of the tokens before `stop` was given: those since the last time are the next context."""

@@ -69,11 +69,10 @@ class LLMEngine:
         self._begin(slots, self.executor.allocate(slots))
         self._warm_up(chunk)
 
-        ready = self.executor.allocate(slots)
         if self.config.cache.kv_cache_gib is not None:
             slots, why = int(self.config.cache.kv_cache_gib * 2**30 / block_bytes / ring), "asked for"
         else:
-            free = min(rank.free_bytes for rank in ready) // self._ranks_sharing_memory()
+            free = min(self.executor.free_bytes()) // self._ranks_sharing_memory()
             slots, why = int(free * CACHE_SHARE / block_bytes), f"{CACHE_SHARE:.0%} of free memory"
         # Slots that no request could ever use would only be scanned.
         slots = min(slots, max(64, -(-max_model_len // block) * self.config.scheduler.max_running_requests // ring))

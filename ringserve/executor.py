@@ -12,9 +12,18 @@ from ringserve.devices import Placement
 from ringserve.errors import EngineDeadError, RingTimeoutError, StartupError
 from ringserve.plan import LayerGroup, ModelOutput, RankOutput, SchedulerOutput
 from ringserve.processes import ChildProcess
-from ringserve.rank_messages import AllocateCache, CacheReady, FromRank, RankFailed, RankLoaded, RankSetup
+from ringserve.rank_messages import (
+    AllocateCache,
+    CacheReady,
+    FreeMemory,
+    FromRank,
+    MeasureMemory,
+    RankFailed,
+    RankLoaded,
+    RankSetup,
+)
 
-T = TypeVar("T", RankLoaded, CacheReady, RankOutput)
+T = TypeVar("T", RankLoaded, CacheReady, FreeMemory, RankOutput)
 
 LOAD_TIMEOUT_S = 1800.0
 """For reading the weights of a large model from a slow disk."""
@@ -37,6 +46,10 @@ class Executor(Protocol):
 
     def allocate(self, slots: int) -> list[CacheReady]:
         """A fresh cache of `slots` on every rank. All earlier blocks are gone."""
+        ...
+
+    def free_bytes(self) -> list[int]:
+        """Memory that is free now on each rank's device."""
         ...
 
     def execute(self, plan: SchedulerOutput) -> ModelOutput:
@@ -100,6 +113,11 @@ class LocalExecutor:
         for rank, process in enumerate(self._ranks):
             self._send(rank, process, AllocateCache(slots=slots, epoch=self.epoch, message_bytes=self._message_bytes))
         return self._collect(CacheReady, self._timeout_s)
+
+    def free_bytes(self) -> list[int]:
+        for rank, process in enumerate(self._ranks):
+            self._send(rank, process, MeasureMemory())
+        return [report.free_bytes for report in self._collect(FreeMemory, self._timeout_s)]
 
     def execute(self, plan: SchedulerOutput) -> ModelOutput:
         for rank, process in enumerate(self._ranks):

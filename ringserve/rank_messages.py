@@ -51,8 +51,16 @@ class CacheReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Measured attention FLOP/s of the rank."""
     link_bytes_per_s: float
     """Measured bytes/s to the next rank; 0 in a ring of one."""
+
+
+class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How much memory is free now? Asked after the largest step has been run once."""
+
+
+class FreeMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    rank: int
     free_bytes: int
-    """Memory that is free on the rank's device (for CPU ranks: of the host)."""
+    """On the rank's device; for CPU ranks, of the host."""
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -63,5 +71,5 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
-ToRank = RankSetup | AllocateCache | SchedulerOutput
-FromRank = RankLoaded | CacheReady | RankOutput | RankFailed
+ToRank = RankSetup | AllocateCache | MeasureMemory | SchedulerOutput
+FromRank = RankLoaded | CacheReady | FreeMemory | RankOutput | RankFailed

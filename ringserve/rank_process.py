@@ -17,6 +17,7 @@ from ringserve.plan import SchedulerOutput
 from ringserve.rank_messages import (
     AllocateCache,
     CacheReady,
+    FreeMemory,
     RankFailed,
     RankLoaded,
     RankSetup,
@@ -100,19 +101,22 @@ class RankProcess:
         assert self._runner is not None, "a rank is set up before anything else"
         if isinstance(message, SchedulerOutput):
             self._control.send(self._runner.execute(message))
-        else:
+        elif isinstance(message, AllocateCache):
             self._allocate(self._runner, message)
+        else:
+            from ringserve.model.probes import free_bytes
+
+            self._control.send(FreeMemory(rank=self._rank, free_bytes=free_bytes(self._runner.device)))
 
     def _allocate(self, runner: "ModelRunner", order: AllocateCache) -> None:
-        from ringserve.model.probes import attention_flops, free_bytes, link_bytes_per_s
+        from ringserve.model.probes import attention_flops, link_bytes_per_s
 
         runner.ring.close()
         ring = self._connect(order, runner.device)
         runner.allocate(order.slots, ring)
         self._control.send(CacheReady(
             rank=self._rank, attention_flops=attention_flops(runner),
-            link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes),
-            free_bytes=free_bytes(runner.device)))
+            link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes)))
 
     def _connect(self, order: AllocateCache, device: "torch.device") -> "RingGroup":
         from ringserve.ring.group import RingGroup

@@ -46,8 +46,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True, **experts)
     except Exception as error:
-        raise CheckpointError(
-            f"the weights in {checkpoint.path} cannot be loaded: {first_line(error)}") from error
+        # transformers stacks experts stored one by one; what it says of a failure refers to a report that is silenced.
+        incomplete = "automatic conversion" in str(error)
+        reason = "the experts of a layer are not all there, or differ in shape" if incomplete else first_line(error)
+        raise CheckpointError(f"the weights in {checkpoint.path} cannot be loaded: {reason}") from error
     _check_report(checkpoint, report)
     model.eval().requires_grad_(False)
     # Module by module, so that at most one parameter exists twice.

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "<|user|>", "<|assistant|>", "<|end|>"]
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog; the end of the day " * 3,
-          "übergrößen größer straße café naïve", "日本語の文章 日本語 中文 한국어", "привет мир", "a  b   c\n\nd\te 1234 567"]
+          "übergrößen größer straße café naïve", "日本語の文章 日本語 中文 한국어", "привет мир",
+          "a  b   c\n\nd\te 1234 567"]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}"
@@ -50,3 +51,6 @@ def write_sentencepiece(directory: Path) -> Path:
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return _save(tokenizer, directory)
+
+
+WRITERS = {"byte-level": write_byte_level, "sentencepiece": write_sentencepiece}

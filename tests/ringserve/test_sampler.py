@@ -114,6 +114,14 @@ def test_no_token_outside_the_support(
     assert one(logits, row(seed=seed, **params)) in allowed(logits, **params)  # type: ignore[arg-type]
 
 
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
+    """Ten tokens of about a tenth each: every one that may come does, and no other."""
+    logits = torch.linspace(0.05, 0.0, 10)
+    for percent in range(5, 96, 2):
+        drawn = draws(logits, 200, top_p=percent / 100).nonzero().flatten().tolist()
+        assert set(drawn) == allowed(logits, top_p=percent / 100) and len(drawn) == percent // 10 + 1
+
+
 @pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
 def test_the_narrowest_support_is_the_best_token(params: dict[str, Any]) -> None:
     logits = logits_of(5)

@@ -281,7 +281,8 @@ def test_a_row_without_a_token_ends_that_request_with_an_error_and_no_other() ->
     driven.assert_right("fine")
 
 
-def test_progress_is_weighted_by_cost_and_ends_at_the_whole() -> None:
+def test_progress_is_weighted_by_cost_and_ends_at_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringserve.scheduler.PROGRESS_INTERVAL_S", 0.0)
     driven = Driven(chunk=8)
     driven.add("a", prompt(64), max_tokens=1, return_progress=True)
     seen = []
@@ -293,6 +294,17 @@ def test_progress_is_weighted_by_cost_and_ends_at_the_whole() -> None:
     assert percents == sorted(percents) and percents[-1] == 100.0
     assert percents[3] < 50, "the second half of a prompt costs more than the first"
     assert all(p.eta_ms is not None and p.total == 64 and p.queue_position == 0 for p in seen)
+
+
+def test_progress_comes_no_more_often_than_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringserve.scheduler.PROGRESS_INTERVAL_S", float("inf"))
+    driven = Driven(chunk=8)
+    driven.add("a", prompt(64), max_tokens=1, return_progress=True)
+    seen = []
+    while driven.scheduler.has_work:
+        driven.step()
+        seen += [u.progress.processed for u in driven.updates if u.progress is not None]
+    assert seen == [64], "the end of the prefill is always said"
 
 
 def test_those_who_wait_hear_their_place() -> None:

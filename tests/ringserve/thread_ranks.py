@@ -75,8 +75,11 @@ class ThreadExecutor:
         pipes: Pipes = {(a, b): queue.Queue() for a in range(self.ring_size) for b in range(self.ring_size)}
         for rank, runner in enumerate(self._runners):
             runner.allocate(slots, RingGroup(QueueTransport(rank, self.ring_size, self.epoch, pipes)))
-        return [CacheReady(rank=rank, attention_flops=1e9, link_bytes_per_s=1e9, free_bytes=1 << 40)
+        return [CacheReady(rank=rank, attention_flops=1e9, link_bytes_per_s=1e9)
                 for rank in range(self.ring_size)]
+
+    def free_bytes(self) -> list[int]:
+        return [1 << 40] * self.ring_size
 
     def execute(self, plan: SchedulerOutput) -> ModelOutput:
         reports = list(self._threads.map(lambda runner: runner.execute(plan), self._runners))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from ringserve.config import ModelConfig
 from ringserve.errors import CheckpointError, ConfigError, UnsupportedModelError
 from ringserve.model.checkpoint import Checkpoint, read_checkpoint
 from tests.families import END_ID, FAMILIES, MAX_POSITIONS, VOCABULARY
 from tests.ringserve.conftest import FamilyDirectory
+from tests.ringserve.model.conftest import WriteCheckpoint
 
 
 @pytest.fixture
@@ -182,6 +184,15 @@ class TestFields:
         edit(directory / "config.json", eos_token_id=None)
         assert read(directory).eos_token_ids == ()
 
+    @pytest.mark.parametrize("ids", ["2", [2, "3"], {"a": 1}])
+    def test_end_tokens_that_are_no_numbers(self, directory: Path, ids: object) -> None:
+        edit(directory / "generation_config.json", eos_token_id=ids)
+        assert "eos_token_id" in refusal(directory)
+
+    def test_generation_config_that_does_not_parse(self, directory: Path) -> None:
+        (directory / "generation_config.json").write_text("{")
+        assert "generation_config.json is not valid JSON" in refusal(directory)
+
     def test_default_sampling(self, directory: Path) -> None:
         assert read(directory).default_sampling == {}
         edit(directory / "generation_config.json", temperature=0.6, top_p=0.95, top_k=20, max_length=5)
@@ -243,6 +254,16 @@ class TestContextLength:
         # transformers keeps a second copy of the original length, which would win.
         assert checkpoint.config.rope_parameters["original_max_position_embeddings"] == 512
         assert "longrope" in refusal(path, ConfigError, rope_scaling='{"rope_type": "yarn", "factor": 4.0}')
+
+    def test_scaling_a_model_without_rotary_positions(self, write_checkpoint: WriteCheckpoint) -> None:
+        path = write_checkpoint(transformers.GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+        assert read(path).max_model_len == 64
+        text = '{"rope_type": "linear", "factor": 2.0}'
+        assert "no rotary position embedding" in refusal(path, ConfigError, rope_scaling=text)
+
+    def test_a_checkpoint_that_says_no_length(self, write_checkpoint: WriteCheckpoint) -> None:
+        path = write_checkpoint(transformers.BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2))
+        assert "max_position_embeddings" in refusal(path)
 
     def test_yarn_in_the_checkpoint_counts(self, directory: Path) -> None:
         edit(directory / "config.json", rope_parameters={

@@ -11,9 +11,11 @@ from torch import Tensor
 from ringserve.config import ModelConfig
 from ringserve.errors import UnsupportedModelError
 from ringserve.model.checkpoint import read_checkpoint
+from ringserve.model.checks import PlainAttention
+from ringserve.model.layers import forward, record_layers
 from ringserve.model.rope import EXACT_BELOW, fix_frequencies
 from ringserve.model.weights import load_model
-from tests.families import CONFIGS, FAMILIES, MAX_POSITIONS
+from tests.families import CONFIGS, FAMILIES, MAX_POSITIONS, VOCABULARY, reference_logits
 from tests.ringserve.conftest import FamilyDirectory
 
 TEN_MILLION = 10_000_000
@@ -105,6 +107,24 @@ def test_longrope_uses_one_set_for_every_call(max_model_len: int, used: str) -> 
     assert torch.equal(together[0], alone[0])
     assert torch.allclose(rotary.inv_freq, expected)
     assert torch.allclose(alone[0, :8], (5 * expected).cos() * rotary.attention_scaling, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_model_len, tokens", [(128, 100), (MAX_POSITIONS, 150)])
+def test_longrope_equals_transformers_on_each_side(max_model_len: int, tokens: int,
+                                                   family_directory: FamilyDirectory) -> None:
+    path = family_directory("phi3-longrope")
+    checkpoint = read_checkpoint(ModelConfig(model=str(path), max_model_len=max_model_len))
+    model = load_model(checkpoint)
+    fix_frequencies(model, max_model_len)
+    layers = record_layers(model)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))
+    expected = reference_logits(plain.eval(), ids.tolist())  # transformers chooses by the length of this call
+    # A call of 40 tokens would make transformers choose the short set: here it is the server's length that counts.
+    for n in (tokens, 40):
+        rows = torch.arange(n)
+        actual = forward(model, ids[:n], rows, rows, PlainAttention(layers, rows))
+        assert float((actual - expected[:n]).norm() / expected[:n].norm()) < 1e-5
 
 
 def test_dynamic_frequencies_are_refused() -> None:

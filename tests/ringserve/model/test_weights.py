@@ -82,6 +82,35 @@ def test_missing_tensors(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("parts, reason", [
+    (["up"], "experts of a layer are not all there"),
+    (["gate", "up"], r"layers\.2\.mlp\.experts\.gate_up_proj: \[3, 64, 64\] instead of \[4, 64, 64\]"),
+    (["down"], r"layers\.2\.mlp\.experts\.down_proj: \[3, "),
+])
+def test_a_missing_expert(parts: list[str], reason: str, tmp_path: Path) -> None:
+    write_family("qwen3-moe", tmp_path)
+    names = [f"model.layers.2.mlp.experts.1.{part}_proj.weight" for part in parts]
+    rewrite(tmp_path, lambda tensors: [tensors.pop(name) for name in names])
+    with pytest.raises(CheckpointError, match=reason):
+        load(tmp_path)
+
+
+def test_an_untied_head_that_is_missing(tmp_path: Path) -> None:
+    write_family("llama", tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"missing .*lm_head\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_is_converted(dtype: torch.dtype, family_directory: FamilyDirectory) -> None:
+    directory = family_directory("llama")
+    tensors = load_file(directory / "model.safetensors")
+    for name, parameter in load(directory, dtype).named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, tensors[name].to(dtype))
+
+
 def test_tensors_of_another_shape(tmp_path: Path) -> None:
     write_family("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({CHANGED: torch.zeros(8, 64)}))

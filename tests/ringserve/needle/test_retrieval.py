@@ -21,7 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 NATS = 10.0
 """By how much every right token must lead all others."""
 
-WORDS = ["the", "a", "river", "stone", "walks", "under", "bright", "morning", "light", "and", "we", "carry", "old", "maps", "home", "to", "find", "some", "paths", "again", "with", "quiet", "hands", "while", "rain", "falls", "over", "fields", "of", "green", "corn", "near", "small", "towns", "where", "people", "sell", "bread"]
+WORDS = [
+    "the", "a", "river", "stone", "walks", "under", "bright", "morning", "light", "and", "we", "carry", "old",
+    "maps", "home", "to", "find", "some", "paths", "again", "with", "quiet", "hands", "while", "rain", "falls",
+    "over", "fields", "of", "green", "corn", "near", "small", "towns", "where", "people", "sell", "bread",
+]
 CODES = {"Ada": "58213", "Alan": "77120-4", "Grace": "red orchid", "Maria Mirzakhani": "X91-ZT", "user_1729": "9",
          "eu-west-1": "10.0.3.7", "d4f1a9": "88210", "d4f1b9": "4711", "Jürgen": "Überraschung", "小明": "七千"}
 
@@ -98,12 +102,12 @@ def test_a_pair_of_random_tokens_is_found_at_every_depth(n_tokens: int, dtype: t
         begin = int(depth * (end - 6))
         prompt[begin:begin + 6] = needle_ids
     prompt[end:] = needles[asked][:-1]
-    model = plain_model(needle, dtype, "sdpa")
     assert len(prompt) == n_tokens
-    assert leads_of(model, [*prompt, values[asked]], n_tokens).min() >= NATS
-    together = prompt[:end] + [token for needle_ids in needles for token in needle_ids]
-    found = leads_of(model, together, end)
-    assert found[5::6].min() >= NATS
+    # The question that ends the prompt, its answer, then every needle as a question with its answer.
+    questions = [*prompt, values[asked], *(token for needle_ids in needles for token in needle_ids)]
+    found = leads_of(plain_model(needle, dtype, "sdpa"), questions, n_tokens)
+    assert found[0] >= NATS
+    assert found[6::6].min() >= NATS and len(found[6::6]) == len(names)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
