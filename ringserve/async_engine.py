@@ -117,7 +117,7 @@ class AsyncEngine:
             version=importlib.metadata.version("ringserve"), default_sampling=checkpoint.default_sampling,
             kv_capacity_tokens=ready.kv_capacity_tokens, dtype=ready.dtype, decisions=tuple(ready.decisions),
             pids=(process.pid, *ready.pids))
-        most = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
+        most = config.scheduler.most_running + config.scheduler.max_waiting_requests
         return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most)
 
     # Requests
@@ -296,7 +296,10 @@ def resolve_model(model: str) -> str:
     if model == NEEDLE:
         from ringserve.needle import needle_directory
 
-        return str(needle_directory())
+        try:
+            return str(needle_directory())
+        except OSError as error:
+            raise ConfigError(f"the embedded model cannot be written to the cache directory: {error}") from error
     return model
 
 

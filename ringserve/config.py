@@ -91,7 +91,8 @@ class SchedulerConfig:
     """Most new tokens in one step, over all requests and ranks."""
 
     max_running_requests: int = 256
-    """Most requests that hold KV blocks at the same time; more wait in the queue."""
+    """Most requests that hold KV blocks at the same time; more wait in the queue. Never more than
+    max_chunk_tokens, so that each can decode in every step."""
 
     max_waiting_requests: int = 4096
     """Most requests in the queue; more are refused."""
@@ -102,9 +103,10 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for name in ("max_chunk_tokens", "max_running_requests", "max_waiting_requests", "output_reserve"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.max_chunk_tokens >= self.max_running_requests,
-                 f"max_chunk_tokens ({self.max_chunk_tokens}) must be at least max_running_requests "
-                 f"({self.max_running_requests}), else decoding requests would starve")
+
+    @property
+    def most_running(self) -> int:
+        return min(self.max_running_requests, self.max_chunk_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

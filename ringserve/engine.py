@@ -75,7 +75,7 @@ class LLMEngine:
             free = min(self.executor.free_bytes()) // self._ranks_sharing_memory()
             slots, why = int(free * CACHE_SHARE / block_bytes), f"{CACHE_SHARE:.0%} of free memory"
         # Slots that no request could ever use would only be scanned.
-        slots = min(slots, max(64, -(-max_model_len // block) * self.config.scheduler.max_running_requests // ring))
+        slots = min(slots, max(64, -(-max_model_len // block) * self.config.scheduler.most_running // ring))
         capacity = slots * block * ring
         if slots < 1:
             raise ConfigError(f"the KV cache has no room for one block of {block} tokens ({block_bytes} bytes) on "

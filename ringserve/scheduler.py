@@ -181,7 +181,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting requests, oldest first, while their blocks and their output's reserve fit."""
-        while self._waiting and len(self._running) < self.config.max_running_requests:
+        while self._waiting and len(self._running) < self.config.most_running:
             request = self._waiting[0]
             known = len(request.token_ids)
             until = min(request.max_total_tokens, known + self.config.output_reserve)

@@ -134,6 +134,12 @@ def test_blocks_are_dealt_in_stripes_to_the_least_loaded() -> None:
     pool.check()
 
 
+def test_shares_are_even_whatever_room_the_ranks_have() -> None:
+    pool = BlockPool(2, groups=1, slots_per_rank=20)
+    pool.deal([1], 12, [0, 0])
+    assert [b.rank for b in pool.deal([0, 1], 8, [0, 0])] == [0, 1] * 4
+
+
 def test_a_rank_without_room_is_passed_over() -> None:
     pool = BlockPool(2, groups=1, slots_per_rank=4)
     pool.deal([0], 3, [0, 0])

@@ -141,13 +141,15 @@ def test_stop_strings_stop_at_the_first_that_is_complete(
         assert "".join(pieces) == whole[:end if include else start]
 
 
-@pytest.mark.parametrize("cuts", [None, [], [2]])
-def test_a_stop_string_inside_a_longer_one_is_complete_first(
-        cuts: list[int] | None, tokenizers: dict[str, Tokenizer]) -> None:
+def test_a_stop_string_inside_a_longer_one_is_complete_first_also_within_a_token(
+        tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte-level"]
-    pieces, detokenizer = stream(tokenizer, [], [tokenizer.backend.token_to_id(c) for c in "abcd"], cuts,
-                                 stop=("abcd", "bc"))
-    assert ("".join(pieces), detokenizer.stop) == ("a", "bc")
+    word = max((token for token in tokenizer.backend.get_vocab() if token.isalpha() and token.isascii()), key=len)
+    assert len(word) >= 4
+    letters = [tokenizer.backend.token_to_id(letter) for letter in word]
+    for output in ([tokenizer.backend.token_to_id(word)], letters):
+        pieces, detokenizer = stream(tokenizer, [], output, stop=(word, word[1:3]))
+        assert ("".join(pieces), detokenizer.stop) == (word[0], word[1:3])
 
 
 def fed(tokenizer: Tokenizer, text: str, **params: object) -> tuple[list[str], Detokenizer]:

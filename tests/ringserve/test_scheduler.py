@@ -269,6 +269,46 @@ def test_several_tokens_of_one_step_end_where_the_request_ends() -> None:
     assert update.finish_reason == "stop" and update.usage is not None and update.usage.completion_tokens == 2
 
 
+def answer(driven: Driven, plan: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+    """Commit a step with these tokens instead of the ranks' own."""
+    driven.ranks.take_in(plan)
+    handles = {driven.requests[name].handle: ids for name, ids in tokens.items()}
+    sampled = [SampledTokens(rows.handle, handles[rows.handle], []) for rows in plan.rows if rows.sample]
+    driven.scheduler.update(plan, ModelOutput(plan.step, sampled, []))
+    driven.scheduler.check()
+
+
+def test_decoding_goes_before_an_older_request_that_has_much_to_compute() -> None:
+    driven = Driven(chunk=8)
+    driven.add("old", prompt(4), max_tokens=60)
+    driven.add("young", prompt(4), max_tokens=20)
+    answer(driven, driven.scheduler.schedule(), {"old": list(range(1, 20)) * 2, "young": [1]})
+    plan = driven.scheduler.schedule()
+    assert [tokens_of(plan, driven, name) for name in ("old", "young")] == [7, 1]
+
+
+def test_an_end_before_min_tokens_does_not_end() -> None:
+    driven = Driven()
+    request = driven.add("a", prompt(4), max_tokens=10, min_tokens=2, ignore_eos=False)
+    for expected in (RequestStatus.RUNNING, RequestStatus.FINISHED):
+        answer(driven, driven.scheduler.schedule(), {"a": [END]})
+        assert request.status is expected
+
+
+def test_one_that_was_picked_and_then_parked_for_an_older_is_not_in_the_step() -> None:
+    """Several tokens at once can make an older request grow after a younger one was picked."""
+    driven = Driven(ring=1, slots=4, block=4, reserve=1)
+    driven.add("old", prompt(7), max_tokens=9)
+    driven.add("young", prompt(5), max_tokens=5)
+    answer(driven, driven.scheduler.schedule(), {"old": [1, 2, 3], "young": [4]})
+    plan = driven.scheduler.schedule()
+    assert [rows.handle for rows in plan.rows] == [driven.requests["old"].handle]
+    assert plan.released == [driven.requests["young"].handle]
+    assert driven.requests["young"].status is RequestStatus.WAITING
+    answer(driven, plan, {"old": [4]})
+    driven.finish()
+
+
 def test_a_row_without_a_token_ends_that_request_with_an_error_and_no_other() -> None:
     driven = Driven()
     broken = driven.add("broken", prompt(5))
