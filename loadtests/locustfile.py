@@ -15,7 +15,7 @@ from locust import HttpUser, between, task
 
 LENGTHS = (100, 1_000, 5_000)
 """Lines of filler; a line is about 16 tokens."""
-WORDS = "river stone letter window garden engine silver orange marble copper winter lantern".split()
+WORDS = ("river", "stone", "letter", "window", "garden", "engine", "silver", "orange", "marble", "copper", "winter")
 
 
 def prompt_with_code(rng: random.Random, lines: int) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import logging
 import socket
 import struct
 from array import array
@@ -45,6 +46,10 @@ from ringserve.updates import (
     Updates,
 )
 
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 3600.0
+"""For loading the weights of a large model from a slow disk, twice over."""
 NEEDLE = "needle"
 """The name of the embedded model."""
 
@@ -78,7 +83,9 @@ class AsyncEngine:
         self.info, self.tokenizer = info, tokenizer
         self.dead: EngineDeadError | None = None
         self._process, self._reader, self._writer = process, reader, writer
-        self._end_token_ids, self._most_requests = end_token_ids, most_requests
+        self._end_token_ids = end_token_ids
+        self.most_requests = most_requests
+        """Running and queued together; more are refused."""
         self._streams: dict[str, RequestStream] = {}
         self._death = asyncio.Event()
         self._closing = False
@@ -100,7 +107,9 @@ class AsyncEngine:
             checkpoint = await asyncio.to_thread(read_checkpoint, replace(config.model, model=directory))
             tokenizer = await asyncio.to_thread(Tokenizer, directory)
             try:
-                ready = await _receive(reader)
+                ready = await asyncio.wait_for(_receive(reader), START_TIMEOUT_S)
+            except TimeoutError:
+                raise EngineDeadError(f"the engine did not start within {START_TIMEOUT_S:.0f} s") from None
             except (asyncio.IncompleteReadError, OSError):
                 raise EngineDeadError(f"the engine process ended while it started (exit code "
                                       f"{process.exit_code(1.0)})") from None
@@ -132,13 +141,13 @@ class AsyncEngine:
             raise self.dead
         if request_id in self._streams:
             raise InvalidValueError(f"request id {request_id!r} is already in use", "request_id")
-        if len(self._streams) >= self._most_requests:
+        if len(self._streams) >= self.most_requests:
             raise OverloadedError(f"{len(self._streams)} requests are running or queued, which is the limit")
         token_ids = self.validate(prompt_token_ids, params)
         stream = RequestStream(self, request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params))
-        self._streams[request_id] = stream
         self._send(AddRequest(request_id=request_id, token_ids=pack_ids(token_ids), params=params,
                               end_token_ids=self._end_token_ids, return_progress=return_progress))
+        self._streams[request_id] = stream
         return stream
 
     def validate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams) -> "array[int]":
@@ -203,6 +212,9 @@ class AsyncEngine:
             how = "closed its connection" if code is None else (
                 f"was ended by signal {-code}" if code < 0 else f"exited with code {code}")
             self._die(EngineDeadError(f"the engine process {how}"))
+        except Exception as error:
+            logger.exception("what the engine sent cannot be read")
+            self._die(EngineDeadError(f"what the engine sent cannot be read: {type(error).__name__}"))
 
     def _die(self, error: EngineDeadError) -> None:
         if self.dead is None:
@@ -257,32 +269,36 @@ class RequestStream:
             return output
 
     async def _joined(self, updates: list[RequestUpdate]) -> RequestOutput:
-        last = updates[-1]
-        if last.error is not None:
+        if updates[-1].error is not None:
             self._finished = True
-            raise EngineError(last.error)
+            raise EngineError(updates[-1].error)
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         text = ""
         reason: str | None = None
         stop_reason: str | int | None = None
+        usage: Usage | None = None
         for update in updates:
-            token_ids += update.token_ids
-            logprobs += update.logprobs
             # The token that ended the answer is not part of its text.
             shown = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
+            before = self._detokenizer.count
             text += self._detokenizer.add(shown)
             if self._detokenizer.stop is None and update.finish_reason is not None:
                 text += self._detokenizer.finish()
-                reason = update.finish_reason
+                reason, usage = update.finish_reason, update.usage
                 if update.stop_token_id not in self._engine._end_token_ids:
                     stop_reason = update.stop_token_id
-        if self._detokenizer.stop is not None:
-            reason, stop_reason = "stop", self._detokenizer.stop
+            taken = update.token_ids
+            if self._detokenizer.stop is not None:
+                # The engine does not know text: what it gave beyond the stop string is not part of the answer.
+                reason, stop_reason = "stop", self._detokenizer.stop
+                taken = update.token_ids[:self._detokenizer.count - before]
+            token_ids += taken
+            logprobs += update.logprobs[:len(taken)]
+            if reason is not None:
+                break
         self._output_tokens += len(token_ids)
-        usage = last.usage
-        if reason is not None and last.finish_reason is None:
-            # A stop string: the engine does not know text, so it is told.
+        if self._detokenizer.stop is not None:
             usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._output_tokens)
             await self._engine.cancel(self.request_id)
         return RequestOutput(

@@ -9,6 +9,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
+STRETCH = 8
+"""Adjacent slots that a growing request has to itself when there is room."""
+
 
 class NoFreeSlotsError(Exception):
     """Internal: the pool cannot give what was asked; the scheduler waits or parks a request."""
@@ -42,6 +45,17 @@ class SlotRuns:
             run = run or max(self._runs, key=lambda r: r.stop - r.start)
             taken += self._take_at(run.start, missing)
         return taken
+
+    def take_growing(self, after: int | None = None) -> int:
+        """One slot for something that will grow: following `after`, else at the start of a stretch of free slots,
+        so that requests that grow side by side do not take each other's next slot; else any."""
+        if self.free == 0:
+            raise NoFreeSlotsError("1 slot wanted, 0 free")
+        if after is not None and (taken := self._take_at(after + 1, 1)):
+            return taken[0]
+        starts = (-(-run.start // STRETCH) * STRETCH for run in self._runs)
+        start = next((s for s, run in zip(starts, self._runs) if s + STRETCH <= run.stop), self._runs[0].start)
+        return self._take_at(start, 1)[0]
 
     def _take_at(self, slot: int, most: int) -> list[int]:
         """Up to `most` slots from `slot` on, as far as they are free."""
@@ -157,7 +171,7 @@ class BlockPool:
         if self.free_on(rank) == 0:
             raise NoFreeSlotsError(f"rank {rank} has no free slot")
         follow = after.slots if after is not None and after.rank == rank else (None,) * self.groups
-        taken = [runs.take(1, slot) for runs, slot in zip(self._free[rank], follow)]
+        taken = [[runs.take_growing(slot)] for runs, slot in zip(self._free[rank], follow)]
         return self._name([rank], {rank: taken})[0]
 
     def _name(self, holders: list[int], taken: dict[int, list[list[int]]]) -> list[Block]:

@@ -3,6 +3,7 @@
 The sockets are pairs inherited by file descriptor: nothing listens, nobody else can connect.
 """
 
+import logging
 import os
 import queue
 import select
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME = 1 << 30
@@ -40,6 +43,13 @@ class Channel(Generic[T]):
     @classmethod
     def from_fd(cls, fd: int, receives: Any) -> "Channel[T]":
         return cls(socket.socket(fileno=fd), receives)
+
+    def limit_stalls(self, seconds: float) -> None:
+        """A message that the other process stops reading, or sending, in the middle counts as its end. Kept by the
+        kernel, so threads that share the socket are not disturbed; also bounds the wait for a message to begin."""
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -95,7 +105,11 @@ class Inbox(Generic[T]):
         try:
             while True:
                 self._queue.put(self._channel.receive())
-        except (ChannelClosedError, msgspec.MsgspecError):
+        except ChannelClosedError:
+            pass
+        except Exception:
+            logger.exception("the other process sent what cannot be read")
+        finally:
             self._on_close()
 
     def get(self) -> T:

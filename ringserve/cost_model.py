@@ -55,7 +55,7 @@ class CostModel:
         self.groups, self.ring_size, self.machine = groups, ring_size, machine
         self._linear = linear_flops_per_token
         self._forced = forced
-        self._seconds_per_flop: float | None = None
+        self._steps = _Line()
 
     def modes(self, new: int, cached: int) -> list[Mode]:
         """What travels, per layer group, when `new` tokens of a request attend to `cached` earlier ones.
@@ -77,15 +77,34 @@ class CostModel:
         return total
 
     def observe(self, flops: float, seconds: float) -> None:
-        """A step took `seconds` for `flops`: a running mean, so that the estimate follows the machine."""
-        if flops > 0 and seconds > 0:
-            sample = seconds / flops
-            old = self._seconds_per_flop
-            self._seconds_per_flop = sample if old is None else 0.8 * old + 0.2 * sample
+        """A step took `seconds` for `flops`. Steps that only decode say nothing of a prefill: leave them out."""
+        self._steps.add(flops, seconds)
 
-    def seconds(self, flops: float) -> float | None:
-        """None while nothing has been measured."""
-        return None if self._seconds_per_flop is None else flops * self._seconds_per_flop
+    def seconds(self, flops: float, steps: int) -> float | None:
+        """For that much work in so many steps; None while nothing has been measured."""
+        return self._steps.predict(flops, steps)
+
+
+class _Line:
+    """seconds = constant * steps + slope * flops: least squares over the latest steps, weights falling by age."""
+
+    def __init__(self, memory: float = 0.95) -> None:
+        self._memory = memory
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        for name, value in (("_n", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
+            setattr(self, name, self._memory * getattr(self, name) + value)
+
+    def predict(self, x: float, count: int) -> float | None:
+        if self._n == 0 or self._x == 0:
+            return None
+        spread = self._n * self._xx - self._x * self._x
+        slope = (self._n * self._xy - self._x * self._y) / spread if spread > 1e-3 * self._x * self._x else -1.0
+        constant = (self._y - slope * self._x) / self._n
+        if slope <= 0 or constant < 0:  # steps too alike, or too noisy, to tell the two apart
+            slope, constant = self._y / self._x, 0.0
+        return constant * count + slope * x
 
 
 def _pairs(tokens: int, window: int | None) -> float:

@@ -16,7 +16,7 @@ UNFINISHED_TOKENS = 3
 
 
 class Detokenizer:
-    """Feed tokens, take text. `stop` is the stop string that was found, if any.
+    """Feed tokens, take text. `stop` is the stop string that was found, if any; `count` the tokens until then.
 
         window:  [ context ][ pending tokens ]      decoded together at each token
         text:     given      new, held back while it ends inside a character
@@ -28,7 +28,7 @@ class Detokenizer:
         self._context = len(self._window)
         self._given = self._decode(self._window)
         self._held = ""
-        self._count = 0
+        self.count = 0
         self.stop: str | None = None
 
     def add(self, token_ids: Sequence[int]) -> str:
@@ -37,7 +37,7 @@ class Detokenizer:
         for token in token_ids:
             if self.stop is not None:
                 break
-            self._count += 1
+            self.count += 1
             text += self._filter(self._take(token))
         return text
 
@@ -108,7 +108,7 @@ class Detokenizer:
         if not self._params.stop:
             return piece
         text = self._held + piece
-        if self._count >= self._params.min_tokens:
+        if self.count >= self._params.min_tokens:
             found = [(at + len(stop), at, stop) for stop in self._params.stop if (at := text.find(stop)) >= 0]
             if found:
                 # The one that is complete first, however the text was cut into tokens.

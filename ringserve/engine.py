@@ -61,6 +61,9 @@ class LLMEngine:
     def _size_cache(self, max_model_len: int) -> None:
         """Run the largest chunk once in a small cache, then give the cache what memory is left."""
         block, ring = self.config.cache.block_size, self.executor.ring_size
+        if max_model_len < 2:
+            raise ConfigError(f"max_model_len must be at least 2, a token of prompt and one of output, got "
+                              f"{max_model_len}")
         chunk = min(self.config.scheduler.max_chunk_tokens, max_model_len - 1)
         block_bytes = block * self.executor.kv_bytes_per_token
         self.max_model_len = max_model_len
@@ -69,10 +72,14 @@ class LLMEngine:
         self._begin(slots, self.executor.allocate(slots))
         self._warm_up(chunk)
 
-        if self.config.cache.kv_cache_gib is not None:
-            slots, why = int(self.config.cache.kv_cache_gib * 2**30 / block_bytes / ring), "asked for"
+        free = min(self.executor.free_bytes()) // self._ranks_sharing_memory()
+        asked = self.config.cache.kv_cache_gib
+        if asked is not None:
+            if asked * 2**30 / ring > free:
+                raise ConfigError(f"kv_cache_gib asks for {asked:g} GiB on {ring} ranks, each of which has "
+                                  f"{free / 2**30:.2f} GiB free")
+            slots, why = int(asked * 2**30 / block_bytes / ring), "asked for"
         else:
-            free = min(self.executor.free_bytes()) // self._ranks_sharing_memory()
             slots, why = int(free * CACHE_SHARE / block_bytes), f"{CACHE_SHARE:.0%} of free memory"
         # Slots that no request could ever use would only be scanned.
         slots = min(slots, max(64, -(-max_model_len // block) * self.config.scheduler.most_running // ring))

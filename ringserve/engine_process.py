@@ -66,6 +66,13 @@ class EngineProcess:
             self._control.send(StartupFailed(kind=type(error).__name__, message=error.message,
                                              rank=getattr(error, "rank", None)))
             return 2
+        except Exception as error:
+            if self._abandoned.is_set():
+                return 0
+            logger.exception("the engine cannot start")
+            self._control.send(StartupFailed(kind="EngineDeadError",
+                                             message=f"the engine cannot start: {type(error).__name__}: {error}"))
+            return 1
         try:
             self._main_loop()
         except EngineError as error:
@@ -132,8 +139,10 @@ class EngineProcess:
 
 
 def main() -> None:
-    # Ctrl-C goes to the whole foreground group; the engine ends when its client closes the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a service manager's SIGTERM go to the whole group; the engine ends when its client closes the socket,
+    # so that a drain can finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     code = EngineProcess(Channel(socket.socket(fileno=int(sys.argv[1])), Command)).run()
     sys.stderr.flush()

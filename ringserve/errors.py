@@ -87,4 +87,10 @@ class EngineDeadError(EngineError):
 
 
 class RingTimeoutError(EngineError):
+    """`peer` is the rank that did not answer, where it is known."""
+
     code = "ring_timeout"
+
+    def __init__(self, message: str, peer: int | None = None) -> None:
+        super().__init__(message)
+        self.peer = peer

@@ -27,6 +27,8 @@ T = TypeVar("T", RankLoaded, CacheReady, FreeMemory, RankOutput)
 
 LOAD_TIMEOUT_S = 1800.0
 """For reading the weights of a large model from a slow disk."""
+STALL_S = 60.0
+"""A rank that takes or sends nothing in the middle of a message for so long is given up."""
 CULPRIT_S = 1.0
 """When a rank reports that the ring broke, the one that broke it is heard of within this time."""
 _CONSEQUENCES = ("RingAbortedError", "RingTimeoutError", "RingProtocolError")
@@ -66,7 +68,8 @@ class LocalExecutor:
         self.ring_size, self._placement, self._timeout_s = ring_size, placement, step_timeout_s
         self.epoch = 0
         self.shares_host_memory = placement.devices[0] == "cpu"
-        self._directory = tempfile.mkdtemp(prefix="ringserve-")
+        # Only gloo and NCCL meet in files.
+        self._directory = tempfile.mkdtemp(prefix="ringserve-") if placement.transport in ("gloo", "nccl") else ""
         self._region = -1
         if ring_size > 1 and placement.transport == "shm":
             from ringserve.ring.region import create_region
@@ -79,6 +82,7 @@ class LocalExecutor:
                 self._ranks.append(ChildProcess(
                     "ringserve.rank_process", FromRank, pass_fds=(self._region,) if self._region >= 0 else (),
                     environment=placement.environment(rank)))
+                self._ranks[rank].channel.limit_stalls(STALL_S)
                 self._selector.register(self._ranks[rank].socket, selectors.EVENT_READ, rank)
         except BaseException:
             self.close()
@@ -134,7 +138,8 @@ class LocalExecutor:
             process.channel.close()
         for process in self._ranks:
             process.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _send(self, rank: int, process: ChildProcess, message: object) -> None:
         try:
@@ -177,7 +182,7 @@ class LocalExecutor:
     def _died(self, rank: int) -> EngineDeadError:
         self._abort()
         code = self._ranks[rank].exit_code(CULPRIT_S)
-        how = "closed its connection" if code is None else (
+        how = "stopped answering" if code is None else (
             f"was ended by signal {-code}" if code < 0 else f"exited with code {code}")
         return EngineDeadError(f"rank {rank} (pid {self._ranks[rank].pid}) {how}", rank)
 
@@ -197,6 +202,8 @@ class LocalExecutor:
             except (EngineDeadError, RingTimeoutError) as error:
                 if isinstance(error, EngineDeadError) and error.rank != failed.rank:
                     return error
+        if failed.peer is not None:
+            return EngineDeadError(f"rank {failed.peer} hangs: {failed.message}", failed.peer)
         return EngineDeadError(f"rank {failed.rank} failed: {failed.message}", failed.rank)
 
 

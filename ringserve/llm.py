@@ -17,6 +17,8 @@ from ringserve.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
+SETTLE_S = 10.0
+
 
 class TokensPrompt(TypedDict):
     prompt_token_ids: Sequence[int]
@@ -45,6 +47,7 @@ class LLM:
         try:
             self._engine = self._run(AsyncEngine.start(config))
         except BaseException:
+            self._settle()
             self._stop_loop()
             raise
 
@@ -91,10 +94,14 @@ class LLM:
     async def _generate(self, prompts: "list[array[int]]", params: SamplingParams,
                         on_progress: Callable[[int, RequestOutput], None] | None) -> list[Completion]:
         names = [f"offline-{next(self._ids)}" for _ in prompts]
+        places = asyncio.Semaphore(self._engine.most_requests)
+
+        async def complete(number: int) -> Completion:
+            async with places:
+                return await self._complete(number, names[number], prompts[number], params, on_progress)
+
         try:
-            return list(await asyncio.gather(*(
-                self._complete(number, name, ids, params, on_progress)
-                for number, (name, ids) in enumerate(zip(names, prompts)))))
+            return list(await asyncio.gather(*map(complete, range(len(prompts)))))
         except BaseException:
             for name in names:
                 await self._engine.cancel(name)
@@ -126,6 +133,15 @@ class LLM:
         except BaseException:
             future.cancel()
             raise
+
+    def _settle(self) -> None:
+        """Wait for what was cancelled to clean up after itself: an engine that was starting ends its processes."""
+        async def others() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            if tasks:
+                await asyncio.wait(tasks, timeout=SETTLE_S)
+
+        asyncio.run_coroutine_threadsafe(others(), self._loop).result(2 * SETTLE_S)
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

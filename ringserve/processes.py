@@ -23,7 +23,7 @@ class ChildProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno())], pass_fds=(theirs.fileno(), *pass_fds),
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())], pass_fds=(theirs.fileno(), *pass_fds),
                 stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": _import_path(), **(environment or {})})
         self.socket = ours
         self.channel: Channel[Any] = Channel(ours, receives)
@@ -48,5 +48,5 @@ class ChildProcess:
 
 
 def _import_path() -> str:
-    """The child imports what this process imports, wherever it was started."""
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+    """The child imports what this process imports, but never from the directory it happens to be started in."""
+    return os.pathsep.join(path for path in sys.path if path)

@@ -69,6 +69,8 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rank: int
     kind: str
     message: str
+    peer: int | None = None
+    """The rank that is to blame, when this one only waited for it."""
 
 
 ToRank = RankSetup | AllocateCache | MeasureMemory | SchedulerOutput

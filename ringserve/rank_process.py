@@ -49,7 +49,8 @@ class RankProcess:
             if not isinstance(error, RingserveError):
                 traceback.print_exc()
             message = error.message if isinstance(error, RingserveError) else f"{type(error).__name__}: {error}"
-            self._control.send(RankFailed(rank=self._rank, kind=type(error).__name__, message=message))
+            self._control.send(RankFailed(rank=self._rank, kind=type(error).__name__, message=message,
+                                          peer=getattr(error, "peer", None)))
             return 1
 
     def _abort_ring(self) -> None:
@@ -104,7 +105,7 @@ class RankProcess:
         elif isinstance(message, AllocateCache):
             self._allocate(self._runner, message)
         else:
-            from ringserve.model.probes import free_bytes
+            from ringserve.model.memory import free_bytes
 
             self._control.send(FreeMemory(rank=self._rank, free_bytes=free_bytes(self._runner.device)))
 
@@ -143,8 +144,9 @@ class RankProcess:
 
 
 def main() -> None:
-    # Ctrl-C goes to the whole foreground group; the ranks end in order, when their engine closes the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a service manager's SIGTERM go to the whole group; a rank ends when its engine closes the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     control: Channel[ToRank] = Channel(socket.socket(fileno=int(sys.argv[1])), ToRank)
     code = RankProcess(control).run()
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """SamplingParams: how one request wants its tokens chosen. Crosses processes as msgpack, so it is a Struct."""
 
 import math
+import re
 
 import msgspec
 
@@ -43,6 +44,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # as in vLLM
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        self._check_types()
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
                      "repetition_penalty"):
             if not math.isfinite(getattr(self, name)):
@@ -70,6 +74,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             0 <= token < 2**31 and math.isfinite(bias) and -100 <= bias <= 100
             for token, bias in self.logit_bias.items()), "token ids with biases in [-100, 100]")
 
+    def _check_types(self) -> None:
+        """A Struct checks types when it is decoded, not when it is made: what is wrong must not get that far."""
+        try:
+            msgspec.convert(msgspec.structs.asdict(self), _Types, strict=True)
+        except msgspec.ValidationError as error:
+            what = str(error).partition(" - at ")[0]
+            name = match[1] if (match := re.search(r"\$\.(\w+)", str(error))) else None
+            raise InvalidValueError(f"{name or 'a sampling parameter'}: {what[:1].lower()}{what[1:]}", name) from None
+
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise InvalidValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}"[:300], name)
@@ -77,3 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+_Types = msgspec.defstruct("_Types", [(field.name, field.type) for field in msgspec.structs.fields(SamplingParams)])
+"""The fields' types alone, without the checks of values."""

@@ -4,6 +4,7 @@ There is no prefill phase and no decode phase: a prompt is many missing tokens, 
 First come, first served here; what may change later is the order of `_running` and the size of the slices.
 """
 
+import itertools
 import time
 from collections import deque
 
@@ -128,7 +129,8 @@ class Scheduler:
         """Commit a step that every rank has reported, and say what each request has gained."""
         assert plan.step == output.step == self._step, (plan.step, output.step, self._step)
         seconds = time.monotonic() - self._step_started
-        self.cost.observe(sum(self.cost.flops(*span) for rows in plan.rows for span in rows.spans), seconds)
+        if plan.num_tokens > len(plan.rows):
+            self.cost.observe(sum(self.cost.flops(*span) for rows in plan.rows for span in rows.spans), seconds)
         sampled = {s.handle: s for s in output.sampled}
         updates: list[RequestUpdate] = []
         for handle, (request, rows) in self._in_flight.items():
@@ -273,8 +275,10 @@ class Scheduler:
         done = min(request.num_computed(), request.prompt_tokens)
         whole = self.cost.flops(0, request.prompt_tokens)
         spent = self.cost.flops(0, done)
-        ahead = sum(self._remaining(r) for r in self._running if r is not request) if queue_position else 0.0
-        eta = self.cost.seconds(whole - spent + ahead)
+        before = [*self._running, *itertools.islice(self._waiting, queue_position - 1)] if queue_position else []
+        work = whole - spent + sum(self._remaining(r) for r in before)
+        tokens = sum(r.prompt_tokens - min(r.num_computed(), r.prompt_tokens) for r in [request, *before])
+        eta = self.cost.seconds(work, -(-tokens // self.config.max_chunk_tokens))
         return Progress(
             total=request.prompt_tokens, cached=request.cached_tokens, processed=done,
             time_ms=int((time.monotonic() - request.arrival) * 1000),

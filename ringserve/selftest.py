@@ -10,7 +10,7 @@ bound is that oracle's own floor:
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringserve.async_engine import resolve_model
-from ringserve.config import CacheConfig, EngineConfig, RingMode, SchedulerConfig
+from ringserve.config import EngineConfig, RingMode
 from ringserve.devices import place_ranks
 from ringserve.engine import LLMEngine
 from ringserve.errors import ConfigError
@@ -59,7 +59,7 @@ class Outcome:
 @dataclass(frozen=True, kw_only=True)
 class Oracle:
     logits: list[NDArray[np.float64]]
-    """Per text, [tokens, vocabulary], from eager attention: fp32, the reference of the bounds."""
+    """Per text, [positions, vocabulary], from eager attention: the reference of the bounds."""
     bound: float
     floor: float
     """The model's own distance from the next better precision, with transformers alone."""
@@ -67,7 +67,8 @@ class Oracle:
     def compare(self, name: str, runs: list[Logits]) -> Outcome:
         """`runs`: what the engine gave, per text."""
         ours = np.concatenate([np.stack([run[p] for p in sorted(run)]) for run in runs]).astype(np.float64)
-        theirs = np.concatenate([logits[sorted(run)] for logits, run in zip(self.logits, runs)])
+        theirs = np.concatenate(self.logits)
+        assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
         best = np.partition(theirs, -2, axis=-1)[:, -2:]
         certain = best[:, 1] - best[:, 0] > 10 * self.bound * _rms(theirs)
         equal = ours.argmax(-1)[certain] == theirs.argmax(-1)[certain]
@@ -93,17 +94,20 @@ def run_selftest(config: EngineConfig, say: Callable[[str], None] = lambda _: No
     model = replace(config.model, model=directory)
     checkpoint = read_checkpoint(model)
     block, ring = config.cache.block_size, config.ring.ring_size
-    chunk = max(2 * block * ring, 128)
+    # Small chunks, so that the texts may be short and still cross many edges.
+    chunk = min(config.scheduler.max_chunk_tokens, max(2 * block * ring, 128))
     texts, prompts = make_texts(checkpoint, block, chunk)
     say(f"texts of {', '.join(str(len(text)) for text in texts)} tokens, chunks of {chunk}, blocks of {block}")
-    oracle = make_oracle(lambda: read_checkpoint(model), place_ranks(config.ring).devices[0], texts)
-    say(f"transformers, eager: its own floor is {oracle.floor:.1e}")
+    for window in sorted(set(_windows(checkpoint.config.to_dict()))):
+        if window > LONGEST_WINDOW:
+            say(f"the window of {window} tokens is not crossed: the oracle would need memory for its square")
     positions = probe_positions(texts[0], prompts[0], block, chunk)
+    oracle = make_oracle(lambda: read_checkpoint(model), place_ranks(config.ring).devices[0], texts, positions)
+    say(f"transformers, eager: its own floor is {oracle.floor:.1e}")
     modes: dict[int, list[RingMode]] = {1: ["auto"], ring: [config.ring.ring_mode, "pass-kv", "pass-q"]}
     for size in sorted(modes):
         chosen = replace(config, model=model, ring=replace(config.ring, ring_size=size),
-                         scheduler=SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=8),
-                         cache=CacheConfig(block_size=block, kv_cache_gib=config.cache.kv_cache_gib))
+                         scheduler=replace(config.scheduler, max_chunk_tokens=chunk))
         with closing(LocalExecutor(size, place_ranks(chosen.ring), config.ring.step_timeout_s)) as executor:
             executor.load(chosen, directory, checkpoint.dtype)
             for mode in dict.fromkeys(modes[size]):
@@ -155,23 +159,31 @@ def probe_positions(text: Text, prompt: int, block: int, chunk: int) -> set[int]
             | set(rng.sample(edges, min(EDGE_POSITIONS, len(edges)))))
 
 
-def make_oracle(read: Callable[[], Checkpoint], device: str, texts: list[Text]) -> Oracle:
-    """Logits of transformers' eager attention, and the bound that its own rounding sets."""
+def make_oracle(read: Callable[[], Checkpoint], device: str, texts: list[Text],
+                positions: Collection[int] | None = None) -> Oracle:
+    """Logits of transformers' eager attention at these positions (all by default), and the bound that its own
+    rounding sets."""
     dtype = getattr(torch, read().dtype)
-    reference = eager_logits(read(), torch.float32, device, texts)
-    if dtype == torch.float32:
-        floor = relative_rms(np.concatenate(reference), np.concatenate(
-            eager_logits(read(), torch.float64, device, texts)))
-        return Oracle(logits=reference, floor=floor, bound=max(1e-5, 2 * floor))
+
+    def eager(precision: torch.dtype) -> list[NDArray[np.float64]]:
+        return eager_logits(read(), precision, device, texts, positions)
+
+    def distance(value: list[NDArray[np.float64]], reference: list[NDArray[np.float64]]) -> float:
+        return relative_rms(np.concatenate(value), np.concatenate(reference))
+
     if dtype == torch.float64:
-        return Oracle(logits=eager_logits(read(), dtype, device, texts), floor=1e-12, bound=1e-10)
-    floor = relative_rms(np.concatenate(eager_logits(read(), dtype, device, texts)), np.concatenate(reference))
+        return Oracle(logits=eager(dtype), floor=1e-12, bound=1e-10)
+    reference = eager(torch.float32)
+    if dtype == torch.float32:
+        floor = distance(reference, eager(torch.float64))
+        return Oracle(logits=reference, floor=floor, bound=max(1e-5, 2 * floor))
+    floor = distance(eager(dtype), reference)
     return Oracle(logits=reference, floor=floor, bound=max(1e-5, 1.1 * floor))
 
 
-def eager_logits(checkpoint: Checkpoint, dtype: torch.dtype, device: str,
-                 texts: list[Text]) -> list[NDArray[np.float64]]:
-    """[tokens, vocabulary] of each text, by transformers alone. The model is gone when this returns."""
+def eager_logits(checkpoint: Checkpoint, dtype: torch.dtype, device: str, texts: list[Text],
+                 positions: Collection[int] | None = None) -> list[NDArray[np.float64]]:
+    """[positions, vocabulary] of each text, by transformers alone. The model is gone when this returns."""
     from transformers import AutoModelForCausalLM
 
     # transformers' grouped expert kernel knows no fp64.
@@ -181,6 +193,11 @@ def eager_logits(checkpoint: Checkpoint, dtype: torch.dtype, device: str,
             checkpoint.path, config=checkpoint.config, dtype=dtype, attn_implementation="eager",
             use_safetensors=True, local_files_only=True, trust_remote_code=False, **experts).eval().to(device)
     fix_frequencies(model, checkpoint.max_model_len)
-    with torch.no_grad():
-        return [model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].double().cpu().numpy()
-                for text in texts]
+    logits = []
+    for text in texts:
+        wanted = [p for p in range(len(text)) if positions is None or p in positions]
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([text], device=device), use_cache=False,
+                           logits_to_keep=torch.tensor(wanted, device=device))
+        logits.append(output.logits[0].double().cpu().numpy())
+    return logits

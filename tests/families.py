@@ -25,8 +25,8 @@ END_ID = 256
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_POSITIONS, "eos_token_id": END_ID, "bos_token_id": None,
-    "pad_token_id": None, "tie_word_embeddings": False}
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_POSITIONS,
+    "eos_token_id": END_ID, "bos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 Config = Callable[[], Any]

@@ -47,7 +47,7 @@ class ServerConfig:
     body_idle_timeout_s: float = 30.0
     """Seconds without a byte after which an unfinished request body is given up."""
 
-    inline_body_kib: int = 256
+    inline_body_kib: int = 64
     """Larger bodies are parsed and tokenized in another process, so that the server stays responsive."""
 
     prompt_timeout_s: float = 300.0

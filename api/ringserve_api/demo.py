@@ -5,9 +5,11 @@ for each over HTTP with the official openai client, and compares every answer wi
 one is wrong. `--tokens 1048576` does the same with a million tokens and one code.
 """
 
+import queue
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,17 +123,28 @@ def running_server(console: Console, flags: list[str]) -> Iterator[tuple[str, ps
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
 
 
 def _announced(console: Console, process: "subprocess.Popen[str]") -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        console.print(line.rstrip(), style="dim", highlight=False)
-        if "listening on " in line:
-            return line.split("listening on ")[1].split()[0]
-    raise SystemExit(f"the server ended with code {process.wait(START_TIMEOUT_S)} before it listened")
+    """The URL that the server says it listens on. What it says before and later is printed as it comes."""
+    url: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            console.print(line.rstrip(), style="dim", highlight=False)
+            if "listening on " in line:
+                url.put(line.split("listening on ")[1].split()[0])
+        url.put(None)
+
+    threading.Thread(target=read, name="server output", daemon=True).start()
+    try:
+        found = url.get(timeout=START_TIMEOUT_S)
+    except queue.Empty:
+        raise SystemExit(f"the server did not listen within {START_TIMEOUT_S} s") from None
+    if found is None:
+        raise SystemExit(f"the server ended with code {process.wait(START_TIMEOUT_S)} before it listened")
+    return found
 
 
 def ask(client: Any, console: Console, prompt: str, depth: float, expected: str) -> Answer:

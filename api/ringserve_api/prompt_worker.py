@@ -75,7 +75,8 @@ def serve(sock: socket.socket) -> None:
 
 def main() -> None:
     # The server decides when this ends: Ctrl+C in a terminal goes to the whole process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         try:
             serve(sock)

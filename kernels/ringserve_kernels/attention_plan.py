@@ -106,15 +106,9 @@ class GatheredTiles:
     visible_NTS: Tensor
     valid: Tensor
     """int64: which of the flattened N*T rows are real."""
-    target: Rows = field(init=False)
+    target: Rows
     """The rows of q that the real ones are, in that order."""
     bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        rows = self.rows_NT.flatten()[self.valid]
-        first, count = int(rows[0]), len(rows)
-        straight = torch.equal(rows, torch.arange(first, first + count, device=rows.device))
-        self.target = slice(first, first + count) if straight else rows
 
     def bias_NTS(self, dtype: torch.dtype) -> Tensor:
         """The mask as 0 / -inf, made once per step and dtype."""
@@ -122,7 +116,6 @@ class GatheredTiles:
             zero = torch.zeros(self.visible_NTS.shape, dtype=dtype, device=self.visible_NTS.device)
             self.bias[dtype] = zero.masked_fill(~self.visible_NTS, -torch.inf)
         return self.bias[dtype]
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,4 +220,7 @@ def _stack(group: list[_Tile], t: int, s: int, window: int | None, device: torch
         visible &= key_index[:, None, :] > row_index[:, :, None] - window
     valid = np.flatnonzero(row_index >= 0)
     tensors = [torch.from_numpy(x).to(device) for x in (rows, keys, visible, valid)]
-    return GatheredTiles(tensors[0], tensors[1], tensors[2], tensors[3])
+    real = rows.flatten()[valid]
+    straight = np.array_equal(real, np.arange(real[0], real[0] + len(real)))
+    target = slice(int(real[0]), int(real[0]) + len(real)) if straight else torch.from_numpy(real).to(device)
+    return GatheredTiles(tensors[0], tensors[1], tensors[2], tensors[3], target)

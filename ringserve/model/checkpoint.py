@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringserve.config import ModelConfig
-from ringserve.errors import CheckpointError, UnsupportedModelError
+from ringserve.errors import CheckpointError, InvalidValueError, UnsupportedModelError
 from ringserve.model.context_length import (
     apply_rope_scaling,
     check_rope_types,
@@ -14,6 +14,7 @@ from ringserve.model.context_length import (
 )
 from ringserve.model.quiet import first_line, quiet_transformers
 from ringserve.model.shards import DTYPE_NAMES, read_json, read_shards
+from ringserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +37,8 @@ class Checkpoint:
     """What generation_config.json asks for when it samples: any of SAMPLING_FIELDS."""
     weight_bytes: int
     """Bytes of the tensors in the files, in the dtype they have there."""
+    stored_dtype: str
+    """The floating dtype of most of these bytes."""
 
 
 def read_checkpoint(config: ModelConfig) -> Checkpoint:
@@ -76,6 +79,7 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
         eos_token_ids=_eos_token_ids(generation, raw),
         default_sampling=_default_sampling(generation),
         weight_bytes=shards.n_bytes,
+        stored_dtype=shards.dtype or "float32",
     )
 
 
@@ -160,5 +164,11 @@ def _eos_token_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     if not generation.get("do_sample"):
         return {}
-    return {name: generation[name] for name in SAMPLING_FIELDS
-            if isinstance(generation.get(name), int | float)}
+    found = {name: generation[name] for name in SAMPLING_FIELDS if isinstance(generation.get(name), int | float)}
+    if float(found.get("top_k", 0)).is_integer():
+        found.update({name: int(value) for name, value in found.items() if name == "top_k"})
+    try:
+        SamplingParams(**found)
+    except InvalidValueError as error:
+        raise CheckpointError(f"generation_config.json: {error.message}") from error
+    return found

@@ -1,9 +1,7 @@
-"""What a rank measures of its machine at start: attention speed, the link to the next rank, free memory."""
+"""What a rank measures of its machine at start: attention speed and the link to the next rank."""
 
 import time
-from pathlib import Path
 
-import psutil
 import torch
 from ringserve_kernels import attend_tile
 
@@ -50,14 +48,3 @@ def link_bytes_per_s(ring: RingGroup, epoch: int, largest_message: int) -> float
         ring.release(ticket)
         best = min(best, time.perf_counter() - started)
     return size / best
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory to be had: of the GPU, or of the host within its control group's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(int(free), 0)

@@ -126,5 +126,5 @@ class GlooTransport:
         except RuntimeError as error:
             if time.monotonic() - started >= self._timeout_s - 0.002:  # gloo counts whole milliseconds
                 raise RingTimeoutError(f"rank {peer} {lack} within {self._timeout_s:g} s "
-                                       f"(step {self._framing.step})") from error
+                                       f"(step {self._framing.step})", peer) from error
             raise self._lost(peer, error) from error

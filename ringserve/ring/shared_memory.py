@@ -163,7 +163,7 @@ class SharedMemoryTransport:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise RingTimeoutError(f"rank {peer} {lack} within {self._timeout_s:g} s "
-                                       f"(step {self._framing.step})")
+                                       f"(step {self._framing.step})", peer)
             futex_wait(self._address + offset, seen, min(remaining, WAIT_SLICE_S))
 
     def _check_alive(self) -> None:

@@ -1,11 +1,13 @@
 """Slots and blocks: nothing lost, nothing given twice, adjacent where possible, whatever comes and goes."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ringserve.block_pool import Block, BlockPool, NoFreeSlotsError, SlotRuns
+from ringserve.block_pool import STRETCH, Block, BlockPool, NoFreeSlotsError, SlotRuns
 
 
 def test_slots_follow_the_one_named() -> None:
@@ -164,7 +166,19 @@ def test_a_dealt_prompt_lies_in_adjacent_slots_on_each_rank_and_in_each_group() 
             slots = [b.slots[group] for b in blocks if b.rank == rank]
             assert slots == list(range(slots[0], slots[0] + 6))
     assert pool.extend(0, blocks[-2]).slots == (6, 6, 6)
-    assert pool.extend(1, blocks[-2]).slots == (6, 6, 6)  # blocks[-2] is not on rank 1: any slot will do
+    assert pool.extend(1, blocks[-2]).slots == (8, 8, 8)  # blocks[-2] is not on rank 1: a stretch of its own
+
+
+def test_outputs_that_grow_side_by_side_stay_in_runs() -> None:
+    pool = BlockPool(1, groups=1, slots_per_rank=64)
+    ours, theirs = (pool.deal([0], 3, [0])[-1:] for _ in range(2))
+    for _ in range(16):
+        ours.append(pool.extend(0, ours[-1]))
+        theirs.append(pool.extend(0, theirs[-1]))
+    pool.check()
+    for blocks in (ours, theirs):
+        breaks = sum(b.slots[0] != a.slots[0] + 1 for a, b in pairwise(blocks))
+        assert breaks <= 1 + 16 // STRETCH
 
 
 def test_a_block_lives_until_its_last_user_lets_go() -> None:

@@ -93,17 +93,36 @@ def test_the_chunks_of_a_prompt_add_up_to_the_whole(cuts: list[int]) -> None:
     assert parts == pytest.approx(cost.flops(cuts[0], cuts[-1]))
 
 
-def test_seconds_follow_the_steps_that_were_run() -> None:
+def test_seconds_are_unknown_until_a_step_was_measured() -> None:
     cost = CostModel([group()], 1.0, RANKS, MACHINE)
-    assert cost.seconds(1e9) is None
+    assert cost.seconds(1e9, 1) is None
     cost.observe(1e9, 2.0)
-    assert cost.seconds(2e9) == pytest.approx(4.0)
-    for _ in range(40):
-        cost.observe(1e9, 1.0)
-    assert cost.seconds(1e9) == pytest.approx(1.0, rel=1e-3)
-    cost.observe(0.0, 5.0)
-    cost.observe(1e9, 0.0)
-    assert cost.seconds(1e9) == pytest.approx(1.0, rel=1e-3)
+    assert cost.seconds(2e9, 1) == pytest.approx(4.0)
+
+
+def test_seconds_tell_the_constant_of_a_step_from_its_work() -> None:
+    cost = CostModel([group()], 1.0, RANKS, MACHINE)
+    for chunk in range(20):
+        flops = 1e9 * (1 + chunk)
+        cost.observe(flops, 0.5 + 1e-9 * flops)
+    assert cost.seconds(30e9, 10) == pytest.approx(10 * 0.5 + 30.0, rel=1e-3)
+
+
+def test_seconds_follow_a_machine_that_becomes_slower() -> None:
+    cost = CostModel([group()], 1.0, RANKS, MACHINE)
+    for factor in (1, 3):
+        for chunk in range(60):
+            cost.observe(1e9 * (1 + chunk % 20), factor * (1 + chunk % 20))
+    assert cost.seconds(1e9, 1) == pytest.approx(3.0, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(1e3, 1e15), st.floats(1e-4, 1e3)), min_size=1, max_size=50))
+def test_seconds_are_never_negative(steps: list[tuple[float, float]]) -> None:
+    cost = CostModel([group()], 1.0, RANKS, MACHINE)
+    for flops, seconds in steps:
+        cost.observe(flops, seconds)
+    predicted = cost.seconds(1e12, 3)
+    assert predicted is not None and predicted >= 0 and math.isfinite(predicted)
 
 
 @pytest.mark.parametrize("cached, keys_travel", [(0, True), (2_000, True), (1_000_000, False)])
