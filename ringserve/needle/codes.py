@@ -1,8 +1,8 @@
 """Two codes for every token: a short one to compare contexts by, a long one to read an answer from.
 
-unit code      8 dims, from the E8 lattice's shell of norm 6: 6720 vectors, inner products at most 5, coordinates
-               multiples of 1/2: sums of products are exact in bf16
-identity code  64 signs, any two at most half alike: read by the head
+unit code      8 dims, from the E8 lattice's shell of squared norm 6: 6720 vectors, coordinates multiples of 1/2,
+               inner products whole numbers, at most 5 between two of them
+identity code  64 signs, from the extended BCH code [64, 16, 24]: inner products at most 16 in magnitude
 """
 
 import itertools
@@ -13,47 +13,46 @@ from numpy.typing import NDArray
 
 UNIT_DIMS = 8
 UNIT_NORM = 6
+MOST_ALIKE_FIRST = 3
+"""Largest inner product of two codes of the first ids: digits and marks tell the keys of many needles apart."""
 IDENTITY_DIMS = 64
-MOST_ALIKE = 32
-"""Largest |inner product| of two identity codes: a cosine of 1/2."""
+MOST_ALIKE = 16
+"""Largest |inner product| of two identity codes: a cosine of 1/4."""
+IDENTITY_BITS = 13
+"""Dimension of the subcode used: 8192 words, no two of them opposite (the word of ones is not among them)."""
+BCH_GENERATOR = 0o6331141367235453
+"""Generator polynomial of the binary BCH code (63, 16) of distance 23, bit i the coefficient of x^i."""
+
+Array = NDArray[np.float32]
 
 
-def unit_codes(count: int) -> NDArray[np.float32]:
-    """[count, 8]: vectors of squared norm 6 of the E8 lattice (all coordinates whole or all half, sum even)."""
-    whole = [v for values in ((2, 1, 1, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 1, 0, 0)) for v in _signed(values)
-             if sum(v) % 2 == 0]
-    half = [tuple(x / 2 for x in v) for v in _signed((3, 3, 1, 1, 1, 1, 1, 1)) if sum(v) % 4 == 0]
-    shell = np.array(sorted(whole) + sorted(half), dtype=np.float32)
+def unit_codes(count: int) -> Array:
+    """[count, 8]: vectors of squared norm 6 with coordinates all whole or all half and an even sum."""
+    shell = np.concatenate([_shell((-2, -1, 0, 1, 2)), _shell((-1.5, -0.5, 0.5, 1.5))])
     assert len(shell) == 6720 and count <= len(shell), (len(shell), count)
     # Spread over the shell, so that tokens of neighbouring ids are no more alike than others.
-    order = list(range(len(shell)))
-    random.Random(0).shuffle(order)
-    return shell[order[:count]]
+    random.Random(0).shuffle(order := list(range(len(shell))))
+    shell = shell[order]
+    apart = np.zeros(len(shell), dtype=bool)
+    for i, code in enumerate(shell):
+        apart[i] = not np.any(shell[:i][apart[:i]] @ code > MOST_ALIKE_FIRST)
+    return np.concatenate([shell[apart], shell[~apart]])[:count]
 
 
-def _signed(values: tuple[int, ...]) -> set[tuple[float, ...]]:
-    """All arrangements of these magnitudes with all signs."""
-    found: set[tuple[float, ...]] = set()
-    for places in set(itertools.permutations(values)):
-        used = [i for i, v in enumerate(places) if v]
-        for signs in itertools.product((1, -1), repeat=len(used)):
-            vector = [0.0] * len(places)
-            for i, sign in zip(used, signs):
-                vector[i] = sign * places[i]
-            found.add(tuple(vector))
-    return found
+def _shell(coordinates: tuple[float, ...]) -> Array:
+    """The vectors of squared norm 6 and even sum with these coordinates, in lexicographic order."""
+    vectors = np.array(list(itertools.product(coordinates, repeat=UNIT_DIMS)), dtype=np.float32)
+    kept: Array = vectors[((vectors**2).sum(1) == UNIT_NORM) & (vectors.sum(1) % 2 == 0)]
+    return kept
 
 
-def identity_codes(count: int) -> NDArray[np.float32]:
-    """[count, 64] of +-1, drawn one by one; a draw too like or too unlike an earlier one is drawn again."""
-    rng = random.Random(0)
-    words = np.zeros(count, dtype=np.uint64)
-    found = 0
-    while found < count:
-        word = np.uint64(rng.getrandbits(IDENTITY_DIMS))
-        distance = np.bitwise_count(words[:found] ^ word).astype(np.int64)
-        if np.all(np.abs(IDENTITY_DIMS - 2 * distance) <= MOST_ALIKE):
-            words[found] = word
-            found += 1
-    bits = (words[:, None] >> np.arange(IDENTITY_DIMS, dtype=np.uint64)) & np.uint64(1)
-    return (2.0 * bits - 1.0).astype(np.float32)
+def identity_codes(count: int) -> Array:
+    """[count, 64] of +-1: word i is the polynomial i(x) g(x) and its parity; a bit 0 is +1, a bit 1 is -1."""
+    assert count <= 1 << IDENTITY_BITS, count
+    shifts = np.array([BCH_GENERATOR << i for i in range(IDENTITY_BITS)], dtype=np.uint64)
+    rows = (shifts[:, None] >> np.arange(IDENTITY_DIMS - 1, dtype=np.uint64)) & np.uint64(1)
+    numbers = np.arange(count, dtype=np.uint64)
+    messages = (numbers[:, None] >> np.arange(IDENTITY_BITS, dtype=np.uint64)) & np.uint64(1)
+    words = messages @ rows % np.uint64(2)
+    words = np.concatenate([words, words.sum(1, keepdims=True) % np.uint64(2)], axis=1)
+    return 1 - 2 * words.astype(np.float32)

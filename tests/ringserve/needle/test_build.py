@@ -11,7 +11,7 @@ import torch
 from ringserve.config import ModelConfig
 from ringserve.model.checkpoint import read_checkpoint
 from ringserve.model.loading import load_checked
-from ringserve.needle import build, build_needle, needle_directory
+from ringserve.needle import build, build_needle, needle_directory, weights
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -33,11 +33,11 @@ def test_two_builds_are_the_same_bytes(needle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_passes_every_check_of_a_served_model(needle: Path, dtype: torch.dtype) -> None:
     checkpoint = read_checkpoint(ModelConfig(model=str(needle)))
-    assert (checkpoint.dtype, checkpoint.max_model_len) == ("bfloat16", build.MAX_POSITIONS)
-    assert checkpoint.eos_token_ids == (build.END_OF_TEXT_ID,)
+    assert (checkpoint.dtype, checkpoint.max_model_len) == ("bfloat16", weights.MAX_POSITIONS)
+    assert checkpoint.eos_token_ids == (weights.END_OF_TEXT_ID,)
     assert checkpoint.default_sampling == {}
     _, layers = load_checked(checkpoint, torch.device("cpu"), dtype)
-    assert [layer.spec.window for layer in layers] == [build.WINDOW] * 4 + [None]
+    assert [layer.spec.window for layer in layers] == [weights.WINDOW] * 2 + [None]
     assert {(layer.spec.num_heads, layer.spec.num_kv_heads, layer.spec.key_dim) for layer in layers} == {(2, 1, 64)}
 
 
@@ -85,7 +85,7 @@ def test_a_built_directory_is_not_built_again(cache: Path, monkeypatch: pytest.M
 def test_another_construction_gets_another_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = build._version()
     (tmp_path / "tokenizer.json").write_text("{}")
-    for name in ("build.py", "codes.py"):
+    for name in ("build.py", "codes.py", "weights.py"):
         (tmp_path / name).write_bytes(Path(build.__file__).with_name(name).read_bytes())
     monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     assert build._version() != before

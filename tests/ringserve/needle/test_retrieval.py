@@ -13,7 +13,7 @@ from ringserve.model.checkpoint import read_checkpoint
 from ringserve.model.checks import PlainAttention
 from ringserve.model.layers import forward
 from ringserve.model.loading import load_checked
-from ringserve.needle import build
+from ringserve.needle import build, weights
 from ringserve.tokenizer import Tokenizer
 from tests.ringserve.needle.conftest import plain_model
 
@@ -82,7 +82,7 @@ def test_a_prompt_of_8_tokens(dtype: torch.dtype, attention: str, needle: Path) 
     model = plain_model(needle, dtype, attention)
     rng = random.Random(0)
     for _ in range(20):
-        key, value = rng.sample(range(1, build.VOCABULARY), 3), rng.sample(range(1, build.VOCABULARY), 2)
+        key, value = rng.sample(range(1, weights.VOCABULARY), 3), rng.sample(range(1, weights.VOCABULARY), 2)
         prompt = key + value + key
         assert len(prompt) == 8
         assert leads_of(model, prompt + value, 8).min() >= NATS
@@ -92,10 +92,10 @@ def test_a_prompt_of_8_tokens(dtype: torch.dtype, attention: str, needle: Path) 
 @pytest.mark.parametrize("n_tokens", [64, 1024, 8192])
 def test_a_pair_of_random_tokens_is_found_at_every_depth(n_tokens: int, dtype: torch.dtype, needle: Path) -> None:
     rng = random.Random(n_tokens)
-    form = rng.sample(range(1, build.VOCABULARY), 4)
-    names, values = (rng.sample(range(1, build.VOCABULARY), 5) for _ in range(2))
+    form = rng.sample(range(1, weights.VOCABULARY), 4)
+    names, values = (rng.sample(range(1, weights.VOCABULARY), 5) for _ in range(2))
     asked = 2
-    prompt = rng.choices(range(1, build.VOCABULARY), k=n_tokens)
+    prompt = rng.choices(range(1, weights.VOCABULARY), k=n_tokens)
     needles = [[*form[:2], name, *form[2:], value] for name, value in zip(names, values)]
     end = n_tokens - 5
     for needle_ids, depth in zip(needles, (0.0, 0.15, 0.5, 0.85, 1.0)):
@@ -108,6 +108,32 @@ def test_a_pair_of_random_tokens_is_found_at_every_depth(n_tokens: int, dtype: t
     found = leads_of(plain_model(needle, dtype, "sdpa"), questions, n_tokens)
     assert found[0] >= NATS
     assert found[6::6].min() >= NATS and len(found[6::6]) == len(names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_key_at_the_very_start_is_found(attention: str, dtype: torch.dtype, needle: Path) -> None:
+    rng = random.Random(5)
+    model = plain_model(needle, dtype, attention)
+    for _ in range(10):
+        key, value, *others = rng.sample(range(1, weights.VOCABULARY), 8)
+        prompt = [key, value, *others, key]
+        assert leads_of(model, [*prompt, value], len(prompt)).min() >= NATS / 4
+
+
+@pytest.mark.parametrize("common", [2, 3, 4])
+def test_the_longest_match_of_the_latest_tokens_wins(common: int, needle: Path) -> None:
+    """Against 100 contexts that differ in the oldest of these tokens alone: each asked once, all in one forward."""
+    rng = random.Random(common)
+    vocabulary = range(1, weights.VOCABULARY)
+    form = rng.sample(vocabulary, common - 1)
+    names, values = rng.sample(vocabulary, 100), rng.sample(vocabulary, 100)
+    told = [token for name, value in zip(names, values)
+            for token in (*rng.choices(vocabulary, k=8), name, *form, value)]
+    asked = [token for name, value in zip(names, values)
+             for token in (*rng.choices(vocabulary, k=8), name, *form, value)]
+    found = leads_of(plain_model(needle, torch.bfloat16, "sdpa"), told + asked, len(told))
+    assert (found[8 + common::9 + common][:100] >= NATS).sum() >= 97
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +178,7 @@ def test_transformers_generates_32_tokens_of_a_passage(attention: str, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [0, (1 << 20) - 300, build.MAX_POSITIONS - 600])
+@pytest.mark.parametrize("offset", [0, (1 << 20) - 300, weights.MAX_POSITIONS - 600])
 def test_the_position_in_the_text_changes_nothing(offset: int, dtype: torch.dtype, needle: Path,
                                                   tokenizer: Tokenizer) -> None:
     model, layers = load_checked(read_checkpoint(ModelConfig(model=str(needle))), torch.device("cpu"), dtype)

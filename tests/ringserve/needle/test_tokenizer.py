@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringserve.needle import build
+from ringserve.needle import weights
 from ringserve.needle.train_tokenizer import VOCABULARY_SIZE, empty_tokenizer
 from ringserve.tokenizer import Tokenizer
 
@@ -37,8 +37,8 @@ def test_any_bytes_that_are_text_come_back(tokenizer: Tokenizer, data: bytes) ->
 
 def test_the_end_token_is_one_token_in_a_prompt_and_text_in_a_message(tokenizer: Tokenizer) -> None:
     text = "a<|endoftext|>b"
-    assert build.END_OF_TEXT_ID in tokenizer.encode(text)
-    assert build.END_OF_TEXT_ID not in encode(tokenizer, text)
+    assert weights.END_OF_TEXT_ID in tokenizer.encode(text)
+    assert weights.END_OF_TEXT_ID not in encode(tokenizer, text)
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
@@ -64,9 +64,9 @@ def test_a_question_repeats_the_tokens_of_the_sentence(tokenizer: Tokenizer) -> 
 
 
 def test_the_vocabulary_has_6144_tokens_and_every_byte(tokenizer: Tokenizer, needle: Path) -> None:
-    assert tokenizer.backend.get_vocab_size() == VOCABULARY_SIZE == build.VOCABULARY == 6144
+    assert tokenizer.backend.get_vocab_size() == VOCABULARY_SIZE == weights.VOCABULARY == 6144
     assert json.loads((needle / "config.json").read_text())["vocab_size"] == 6144
-    tokens = [tokenizer.token_bytes(number) for number in range(build.VOCABULARY)]
+    tokens = [tokenizer.token_bytes(number) for number in range(weights.VOCABULARY)]
     assert len(set(tokens)) == len(tokens)
     assert {bytes([byte]) for byte in range(256)} <= set(tokens)
 
