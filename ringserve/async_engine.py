@@ -17,17 +17,14 @@ from ringserve.channel import encode_frame
 from ringserve.config import EngineConfig
 from ringserve.detokenizer import Detokenizer
 from ringserve.errors import (
-    CheckpointError,
     ConfigError,
     ContextLengthError,
     EngineDeadError,
     EngineError,
     InvalidValueError,
     OverloadedError,
-    RingserveError,
-    RingTimeoutError,
     StartupError,
-    UnsupportedModelError,
+    error_named,
 )
 from ringserve.outputs import RequestOutput, TokenLogprob, Usage
 from ringserve.plan import pack_ids
@@ -52,9 +49,6 @@ START_TIMEOUT_S = 3600.0
 """For loading the weights of a large model from a slow disk, twice over."""
 NEEDLE = "needle"
 """The name of the embedded model."""
-
-_STARTUP_ERRORS: dict[str, type[RingserveError]] = {cls.__name__: cls for cls in (
-    StartupError, ConfigError, CheckpointError, UnsupportedModelError, RingTimeoutError, EngineDeadError)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +108,8 @@ class AsyncEngine:
                 raise EngineDeadError(f"the engine process ended while it started (exit code "
                                       f"{process.exit_code(1.0)})") from None
             if isinstance(ready, StartupFailed):
-                error = _STARTUP_ERRORS.get(ready.kind, EngineDeadError)
-                raise EngineDeadError(ready.message, ready.rank) if error is EngineDeadError else error(ready.message)
+                kind = error_named(ready.kind, StartupError)
+                raise EngineDeadError(ready.message, ready.rank) if kind is None else kind(ready.message)
             assert isinstance(ready, EngineReady), type(ready)
         except BaseException:
             await asyncio.to_thread(process.close)

@@ -6,7 +6,6 @@ Ends when its control socket closes, and takes its ranks along: their sockets cl
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from dataclasses import replace
@@ -97,8 +96,8 @@ class EngineProcess:
 
         checkpoint = read_checkpoint(replace(config.model, model=setup.checkpoint))
         self._executor.load(config, setup.checkpoint, checkpoint.dtype)
-        element = {"float64": 8, "float32": 4}.get(checkpoint.dtype, 2)
-        self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size, element)
+        self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size,
+                                 checkpoint.element_bytes)
         machine = self._engine.machine
         self._control.send(EngineReady(
             ring_size=config.ring.ring_size, max_model_len=self._engine.max_model_len,
@@ -144,7 +143,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    code = EngineProcess(Channel(socket.socket(fileno=int(sys.argv[1])), Command)).run()
+    code = EngineProcess(Channel.from_fd(int(sys.argv[1]), Command)).run()
     sys.stderr.flush()
     os._exit(code)
 

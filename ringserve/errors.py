@@ -94,3 +94,10 @@ class RingTimeoutError(EngineError):
     def __init__(self, message: str, peer: int | None = None) -> None:
         super().__init__(message)
         self.peer = peer
+
+
+def error_named(kind: str, base: type[RingserveError] = RingserveError) -> type[RingserveError] | None:
+    """The class of that name in the tree below `base`: errors cross processes by name."""
+    if base.__name__ == kind:
+        return base
+    return next((found for below in base.__subclasses__() if (found := error_named(kind, below))), None)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from ringserve.channel import ChannelClosedError
 from ringserve.config import EngineConfig
 from ringserve.devices import Placement
-from ringserve.errors import EngineDeadError, RingTimeoutError, StartupError
+from ringserve.errors import EngineDeadError, RingTimeoutError, StartupError, error_named
 from ringserve.plan import LayerGroup, ModelOutput, RankOutput, SchedulerOutput
 from ringserve.processes import ChildProcess
 from ringserve.rank_messages import (
@@ -189,9 +189,8 @@ class LocalExecutor:
     def _failure(self, failed: RankFailed) -> Exception:
         """The error behind a rank's last message: the operator's, or the rank that failed first."""
         self._abort()
-        kinds = {kind.__name__: kind for kind in _with_subclasses(StartupError)}
-        if failed.kind in kinds:
-            return kinds[failed.kind](failed.message)
+        if (kind := error_named(failed.kind, StartupError)) is not None:
+            return kind(failed.message)
         if failed.kind in _CONSEQUENCES:
             deadline = time.monotonic() + CULPRIT_S
             try:
@@ -205,7 +204,3 @@ class LocalExecutor:
         if failed.peer is not None:
             return EngineDeadError(f"rank {failed.peer} hangs: {failed.message}", failed.peer)
         return EngineDeadError(f"rank {failed.rank} failed: {failed.message}", failed.rank)
-
-
-def _with_subclasses(kind: type[StartupError]) -> list[type[StartupError]]:
-    return [kind, *(found for direct in kind.__subclasses__() for found in _with_subclasses(direct))]

@@ -5,7 +5,6 @@ The process ends when its control socket closes, whatever it computes at that mo
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from dataclasses import replace
@@ -63,6 +62,7 @@ class RankProcess:
         from ringserve_kernels import backend
 
         from ringserve.model.checkpoint import read_checkpoint
+        from ringserve.model.kv_cache import key_bytes
         from ringserve.model.loading import load_checked
         from ringserve.model.runner import ModelRunner
 
@@ -80,8 +80,7 @@ class RankProcess:
         linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
         self._control.send(RankLoaded(
             rank=setup.rank, groups=runner.groups,
-            kv_bytes_per_token=sum(g.num_kv_heads * (g.key_dim + g.value_dim) * len(g.layers)
-                                   for g in runner.groups) * dtype.itemsize,
+            kv_bytes_per_token=key_bytes(specs, dtype),
             linear_flops_per_token=2.0 * linear,
             message_bytes=max(self._message_bytes(s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, dtype.itemsize)
                               for s in specs),
@@ -147,7 +146,7 @@ def main() -> None:
     # Ctrl-C and a service manager's SIGTERM go to the whole group; a rank ends when its engine closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    control: Channel[ToRank] = Channel(socket.socket(fileno=int(sys.argv[1])), ToRank)
+    control: Channel[ToRank] = Channel.from_fd(int(sys.argv[1]), ToRank)
     code = RankProcess(control).run()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -112,14 +112,10 @@ def run_selftest(config: EngineConfig, say: Callable[[str], None] = lambda _: No
             executor.load(chosen, directory, checkpoint.dtype)
             for mode in dict.fromkeys(modes[size]):
                 engine = LLMEngine(replace(chosen, ring=replace(chosen.ring, ring_mode=mode)), executor,
-                                   checkpoint.max_model_len, checkpoint.vocab_size, element_bytes(checkpoint.dtype))
+                                   checkpoint.max_model_len, checkpoint.vocab_size, checkpoint.element_bytes)
                 runs = Teacher(engine).run(texts, prompts, positions)
                 name = "one rank alone" if size == 1 else f"ring of {size}, {mode}"
                 yield oracle.compare(name, runs)
-
-
-def element_bytes(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
 
 
 def make_texts(checkpoint: Checkpoint, block: int, chunk: int) -> tuple[list[Text], list[int]]:

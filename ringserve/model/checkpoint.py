@@ -40,6 +40,11 @@ class Checkpoint:
     stored_dtype: str
     """The floating dtype of most of these bytes."""
 
+    @property
+    def element_bytes(self) -> int:
+        """Of one number in `dtype`."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
 
 def read_checkpoint(config: ModelConfig) -> Checkpoint:
     """Reads and checks the directory `config.model`; no weight is read.

@@ -5,7 +5,7 @@ and no mask function is, so transformers builds no L x L mask. The step's metada
 model's forward that reaches the function unchanged:
 
     model(input_ids, position_ids=..., use_cache=False, logits_to_keep=rows, ring_step=step)
-        -> layer i: ring_attention(module, q, k, v, None, ring_step=step, ...) -> step.attend(i, q, k, v)
+        -> layer i: attention_function(module, q, k, v, None, ring_step=step, ...) -> step.attend(i, q, k, v)
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class AttentionLayer:
     name: str
 
 
-def ring_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+def attention_function(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                    attention_mask: Tensor | None = None, *, ring_step: RingStep, **options: Any,
                    ) -> tuple[Tensor, None]:
     """The attention function of every layer. What the options say is in the layer's spec since it loaded."""
@@ -53,7 +53,7 @@ def ring_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     return ring_step.attend(module.layer_idx, query, key, value), None  # type: ignore[arg-type]
 
 
-AttentionInterface.register(ATTENTION_NAME, ring_attention)
+AttentionInterface.register(ATTENTION_NAME, attention_function)
 
 
 def record_layers(model: nn.Module) -> list[AttentionLayer]:

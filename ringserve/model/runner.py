@@ -26,7 +26,7 @@ def layer_groups(layers: Sequence[AttentionLayer]) -> list[LayerGroup]:
             for numbers in members.values() for s in [layers[numbers[0]].spec]]
 
 
-class RingStep:
+class StepAttention:
     """One step as the model's attention layers see it: where rows are written, and what the ring exchanges."""
 
     def __init__(self, layers: Sequence[AttentionLayer], group_of: Sequence[int], cache: KVCache, ring: RingGroup,
@@ -75,7 +75,7 @@ class ModelRunner:
         rows = self._tables.apply(plan)
         plans = [plan_ring(self._ring.rank, self._ring.size, rows.sequences[g], group.window, self._segment,
                            self.device) for g, group in enumerate(self.groups)]
-        step = RingStep(self.layers, self._group_of, self._cache, self._ring, plans,
+        step = StepAttention(self.layers, self._group_of, self._cache, self._ring, plans,
                         [torch.from_numpy(offsets).to(self.device) for offsets in rows.write_at])
         sampled: list[SampledTokens] = []
         logits: list[RowLogits] = []
@@ -85,7 +85,7 @@ class ModelRunner:
             self._serve(step, plans)
         return self._report(plan, step, sampled, logits, time.perf_counter() - started)
 
-    def _forward(self, rows: StepRows, step: RingStep) -> tuple[list[SampledTokens], list[RowLogits]]:
+    def _forward(self, rows: StepRows, step: StepAttention) -> tuple[list[SampledTokens], list[RowLogits]]:
         wanted = torch.tensor([s.row for s in rows.samples], dtype=torch.int64, device=self.device)
         logits = forward(self.model, torch.from_numpy(rows.token_ids).to(self.device),
                          torch.from_numpy(rows.positions).to(self.device), wanted, step)
@@ -96,7 +96,7 @@ class ModelRunner:
         return sampled, [RowLogits(s.handle, s.position, logits[i].float().cpu().numpy().tobytes())
                          for i, s in enumerate(rows.samples) if not s.sample]
 
-    def _serve(self, step: RingStep, plans: list[RingPlan]) -> None:
+    def _serve(self, step: StepAttention, plans: list[RingPlan]) -> None:
         """A rank without rows does not run the model (its layers cannot work on no token): it walks them by
         their specs and serves the keys that others attend to."""
         for number, layer in enumerate(self.layers):
@@ -106,7 +106,7 @@ class ModelRunner:
                                       for heads, dim in ((s.num_heads, s.key_dim), (s.num_kv_heads, s.key_dim),
                                                          (s.num_kv_heads, s.value_dim))))
 
-    def _report(self, plan: SchedulerOutput, step: RingStep, sampled: list[SampledTokens],
+    def _report(self, plan: SchedulerOutput, step: StepAttention, sampled: list[SampledTokens],
                 logits: list[RowLogits], total: float) -> RankOutput:
         moved = self._ring.statistics()
         return RankOutput(

@@ -10,7 +10,6 @@ from ringserve.devices import place_ranks
 from ringserve.engine import LLMEngine
 from ringserve.executor import LocalExecutor
 from ringserve.model.checkpoint import read_checkpoint
-from ringserve.selftest import element_bytes
 
 BLOCK = 16
 CHUNK = 96
@@ -39,7 +38,7 @@ class Rings:
         read = read_checkpoint(config.model)
         executor = self._executors[key]
         executor.load(config, str(checkpoint), read.dtype)
-        return LLMEngine(config, executor, read.max_model_len, read.vocab_size, element_bytes(read.dtype))
+        return LLMEngine(config, executor, read.max_model_len, read.vocab_size, read.element_bytes)
 
     def remode(self, engine: LLMEngine, mode: RingMode) -> LLMEngine:
         """The same model and ranks with another mode and an empty cache."""
