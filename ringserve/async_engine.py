@@ -95,8 +95,8 @@ class AsyncEngine:
         directory = await asyncio.to_thread(resolve_model, config.model.model)
         # First of all, so that its ranks import torch while this process reads the tokenizer.
         process = ChildProcess("ringserve.engine_process", Report)
+        reader, writer = await _streams_of(process.socket)
         try:
-            reader, writer = await _streams_of(process.socket)
             writer.write(encode_frame(EngineSetup(config=config, checkpoint=directory)))
             checkpoint = await asyncio.to_thread(read_checkpoint, replace(config.model, model=directory))
             tokenizer = await asyncio.to_thread(Tokenizer, directory)
@@ -105,13 +105,14 @@ class AsyncEngine:
             except TimeoutError:
                 raise EngineDeadError(f"the engine did not start within {START_TIMEOUT_S:.0f} s") from None
             except (asyncio.IncompleteReadError, OSError):
-                raise EngineDeadError(f"the engine process ended while it started (exit code "
-                                      f"{process.exit_code(1.0)})") from None
+                code = await asyncio.to_thread(process.exit_code, 1.0)
+                raise EngineDeadError(f"the engine process ended while it started (exit code {code})") from None
             if isinstance(ready, StartupFailed):
                 kind = error_named(ready.kind, StartupError)
                 raise EngineDeadError(ready.message, ready.rank) if kind is None else kind(ready.message)
             assert isinstance(ready, EngineReady), type(ready)
         except BaseException:
+            writer.transport.abort()
             await asyncio.to_thread(process.close)
             raise
         info = EngineInfo(
