@@ -35,7 +35,7 @@ def main() -> None:
             if not result.outputs[0].text.startswith(haystack.expected(0, 30)):
                 raise SystemExit(f"wrong answer: {result.outputs[0].text!r}")
             peaks = [peak_rss(pid) for pid in llm.info.pids[1:]]
-        kv = tokens * 1280 // args.ring_size
+        kv = tokens * llm.info.kv_bytes_per_token // args.ring_size
         rest = [peak - kv for peak in peaks]
         print(f"{tokens:9,} tokens: peak of each rank {', '.join(f'{p / MIB:,.0f}' for p in peaks)} MiB; "
               f"KV {kv / MIB:,.0f}; the rest {', '.join(f'{r / MIB:,.0f}' for r in rest)} "

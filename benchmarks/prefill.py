@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=None, help="max_chunk_tokens; default: the server's")
     args = parser.parse_args()
-    options = {"kv_cache_gib": 1e-9 * 1280 * args.tokens * 1.2 + 0.05}
-    if args.chunk:
-        options["max_chunk_tokens"] = args.chunk
+    options = {"max_chunk_tokens": args.chunk} if args.chunk else {}
     configurations = [(ring, mode) for ring in args.rings for mode in (args.modes if ring > 1 else ["auto"])]
     readings: dict[tuple[int, str], list[Reading]] = {c: [] for c in configurations}
     haystack: Haystack | None = None

@@ -63,6 +63,7 @@ class EngineInfo:
     version: str
     default_sampling: dict[str, float]
     kv_capacity_tokens: int
+    kv_bytes_per_token: int
     dtype: str
     decisions: tuple[str, ...]
     pids: tuple[int, ...]
@@ -119,7 +120,8 @@ class AsyncEngine:
             model_name=config.model.model if config.model.model == NEEDLE else Path(directory).resolve().name,
             max_model_len=ready.max_model_len, vocab_size=checkpoint.vocab_size, ring_size=ready.ring_size,
             version=importlib.metadata.version("ringserve"), default_sampling=checkpoint.default_sampling,
-            kv_capacity_tokens=ready.kv_capacity_tokens, dtype=ready.dtype, decisions=tuple(ready.decisions),
+            kv_capacity_tokens=ready.kv_capacity_tokens, kv_bytes_per_token=ready.kv_bytes_per_token,
+            dtype=ready.dtype, decisions=tuple(ready.decisions),
             pids=(process.pid, *ready.pids))
         most = config.scheduler.most_running + config.scheduler.max_waiting_requests
         return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most)

@@ -28,6 +28,10 @@ DENSE_KEYS = 512
 """Shorter runs are gathered: below this the dense op's own cost per call dominates."""
 
 
+MOST_KEYS = 16_384
+"""In one dense call: backends copy the keys into a layout of their own, and memory must not grow with the prompt."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyBlocks:
     """Blocks of keys of one sequence in one storage, in ascending order of token index."""
@@ -172,7 +176,8 @@ def _dense(span: RowSpan, a: int, b: int, blocks: KeyBlocks, dense: list[DenseTi
     keep = np.ones(len(blocks), dtype=bool)
     for offset, length in blocks.runs():
         if length >= DENSE_KEYS:
-            dense.append(DenseTile(span.start + a, span.start + b, offset, offset + length))
+            dense.extend(DenseTile(span.start + a, span.start + b, start, min(start + MOST_KEYS, offset + length))
+                         for start in range(offset, offset + length, MOST_KEYS))
             keep &= (blocks.offset < offset) | (blocks.offset >= offset + length)
     return blocks.take(keep)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ringserve_kernels import KeyBlocks, RowSpan, plan_attention
+from ringserve_kernels import KeyBlocks, RowSpan, attention_plan, plan_attention
 from ringserve_kernels.attention_plan import DENSE_KEYS, TILE_ROWS
 
 from tests.kernels.coverage import covered, visible_pairs
@@ -100,3 +100,11 @@ def test_the_past_of_a_long_prompt_is_dense_and_the_mask_is_only_the_frontier() 
     plan = plan_attention(chunk, [(RowSpan(0, rows), held)], None)
     masked = sum(tiles.visible_NTS.numel() for tiles in plan.gathered)
     assert masked <= chunk * (TILE_ROWS + DENSE_KEYS)
+
+
+def test_no_dense_call_takes_more_keys_than_bounds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_plan, "MOST_KEYS", 600)
+    blocks = KeyBlocks(np.arange(0, 5000, 50), np.full(100, 50), np.arange(0, 5000, 50))
+    plan = plan_attention(2, [(RowSpan(0, np.array([5000, 5001])), blocks)], None)
+    assert all(tile.key_stop - tile.key_start <= 600 for tile in plan.dense)
+    assert [tile.key_start for tile in plan.dense] == list(range(0, 5000, 600)) and plan.dense[-1].key_stop == 5000
