@@ -17,6 +17,7 @@ from ringserve.channel import encode_frame
 from ringserve.config import EngineConfig
 from ringserve.detokenizer import Detokenizer
 from ringserve.errors import (
+    CheckpointError,
     ConfigError,
     ContextLengthError,
     EngineDeadError,
@@ -184,11 +185,20 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the engine and its ranks; open requests end with an error. Returns when they are gone."""
         if not self._closing:
-            self._closing = True
-            self._pump.cancel()
-            self._die(EngineDeadError("the engine was closed"))
-            self._writer.transport.abort()
-            await asyncio.to_thread(self._process.close)
+            await self.let_go()
+            await asyncio.to_thread(self.join)
+
+    async def let_go(self) -> None:
+        """The first half of `close`: tell the engine to end."""
+        self._closing = True
+        self._pump.cancel()
+        self._die(EngineDeadError("the engine was closed"))
+        self._writer.transport.abort()
+
+    def join(self) -> None:
+        """The second half, for a thread: wait until its processes are gone. Starts no thread of its own, which an
+        interpreter that is ending would refuse."""
+        self._process.close()
 
     def _send(self, command: Any) -> None:
         self._writer.write(encode_frame(command))
@@ -305,7 +315,7 @@ class RequestStream:
 
 
 def resolve_model(model: str) -> str:
-    """The directory of a model: `needle` is made when it is first asked for."""
+    """The directory of a model: `needle` is made when it is first asked for. Raises StartupError."""
     if model == NEEDLE:
         from ringserve.needle import needle_directory
 
@@ -313,6 +323,9 @@ def resolve_model(model: str) -> str:
             return str(needle_directory())
         except OSError as error:
             raise ConfigError(f"the embedded model cannot be written to the cache directory: {error}") from error
+    if not Path(model).exists():
+        raise CheckpointError(f"model directory {model} does not exist: the model is a directory on this machine "
+                              f"(nothing is downloaded), or `{NEEDLE}`")
     return model
 
 

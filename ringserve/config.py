@@ -1,7 +1,9 @@
 """Configuration: a few frozen values. The command line is generated from these fields and their texts."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
 
 from ringserve.errors import ConfigError
 
@@ -13,6 +15,26 @@ TransportName = Literal["auto", "shm", "gloo", "nccl"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def check_types(config: Any) -> None:
+    """A dataclass checks no types: `block_size=2.5` must not get as far as a rank. Raises ConfigError."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        try:
+            msgspec.convert(value, item.type, strict=True)
+        except msgspec.ValidationError:
+            raise ConfigError(f"{item.name} must be {_wanted(item.type)}, got {value!r}") from None
+
+
+def _wanted(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    parts = get_args(kind) or (kind,)
+    return " or ".join("None" if part is type(None) else _TYPE_NAMES.get(part, str(part)) for part in parts)
+
+
+_TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +53,7 @@ class ModelConfig:
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(bool(self.model), "the model must be a directory or `needle`, got an empty name")
         _require(self.max_model_len is None or self.max_model_len > 0,
                  f"max_model_len must be positive, got {self.max_model_len}")
@@ -45,6 +68,7 @@ class CacheConfig:
     """GiB of KV cache over all ranks. Unset: 60% of the memory that is free after loading."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(1 <= self.block_size <= 4096, f"block_size must be in 1 to 4096 tokens, got {self.block_size}")
         _require(self.kv_cache_gib is None or self.kv_cache_gib > 0,
                  f"kv_cache_gib must be positive, got {self.kv_cache_gib}")
@@ -77,6 +101,7 @@ class RingConfig:
     """Seconds in which every rank must have reported a step."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(1 <= self.ring_size <= 64, f"ring_size must be in 1 to 64, got {self.ring_size}")
         _require(self.threads_per_rank is None or self.threads_per_rank > 0,
                  f"threads_per_rank must be positive, got {self.threads_per_rank}")
@@ -101,6 +126,7 @@ class SchedulerConfig:
     """Output tokens for which blocks are set aside when a request starts; more are taken as it grows."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_chunk_tokens", "max_running_requests", "max_waiting_requests", "output_reserve"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -27,7 +27,7 @@ def place_ranks(config: RingConfig) -> Placement:
     reasons: list[str] = []
     gpus = _cuda_devices() if config.device != "cpu" else 0
     if config.device == "cuda" and gpus < config.ring_size:
-        raise ConfigError(f"--device cuda with --ring-size {config.ring_size} needs that many CUDA devices, "
+        raise ConfigError(f"device cuda with ring_size {config.ring_size} needs that many CUDA devices, "
                           f"this machine has {gpus}")
     on_gpu = gpus >= config.ring_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -44,16 +44,16 @@ def place_ranks(config: RingConfig) -> Placement:
 
 
 def _transport(config: RingConfig, on_gpu: bool, reasons: list[str]) -> str:
-    if config.ring_size == 1:
-        reasons.append("ring: 1 rank, nothing travels")
-        return "none"
     shm_works = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
     best = "nccl" if on_gpu else "shm" if shm_works else "gloo"
     chosen = best if config.transport == "auto" else config.transport
     if (chosen == "nccl") != on_gpu:
-        raise ConfigError(f"--transport {chosen} does not fit ranks on {'CUDA devices' if on_gpu else 'the CPU'}")
+        raise ConfigError(f"transport {chosen} does not fit ranks on {'CUDA devices' if on_gpu else 'the CPU'}")
     if chosen == "shm" and not shm_works:
-        raise ConfigError("--transport shm needs Linux on x86_64: use gloo")
+        raise ConfigError("transport shm needs Linux on x86_64: use gloo")
+    if config.ring_size == 1:
+        reasons.append("ring: 1 rank, nothing travels")
+        return "none"
     why = "asked for" if config.transport != "auto" else {
         "shm": "all ranks on one host", "nccl": "ranks on GPUs", "gloo": "no shared memory transport here"}[chosen]
     reasons.append(f"ring: {config.ring_size} ranks over {chosen} ({why}), mode {config.ring_mode}, segments of "

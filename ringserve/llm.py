@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import json
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
@@ -34,8 +36,9 @@ class LLM:
             [result] = llm.generate(["one two three one two"], SamplingParams(max_tokens=4, temperature=0))
             print(result.outputs[0].text)
 
-    Keyword arguments are the fields of ModelConfig, CacheConfig, RingConfig and SchedulerConfig.
-    Raises StartupError when the model or an option cannot work, EngineError when the engine stops.
+    Keyword arguments are the fields of ModelConfig (`rope_scaling` may be a dict), CacheConfig, RingConfig and
+    SchedulerConfig. Raises StartupError when the model or an option cannot work, EngineError when the engine stops.
+    What was not closed is closed when the object, or the interpreter, ends.
     """
 
     def __init__(self, model: str, *, dtype: Dtype = "auto", **options: Any) -> None:
@@ -48,8 +51,9 @@ class LLM:
             self._engine = self._run(AsyncEngine.start(config))
         except BaseException:
             self._settle()
-            self._stop_loop()
+            _stop_loop(self._loop, self._thread)
             raise
+        self._closer = weakref.finalize(self, _close, self._loop, self._thread, self._engine)
 
     @property
     def info(self) -> EngineInfo:
@@ -72,9 +76,7 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its ranks."""
-        if self._loop.is_running():
-            self._run(self._engine.close())
-            self._stop_loop()
+        self._closer()
 
     def __enter__(self) -> Self:
         return self
@@ -143,14 +145,27 @@ class LLM:
 
         asyncio.run_coroutine_threadsafe(others(), self._loop).result(2 * SETTLE_S)
 
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, engine: AsyncEngine) -> None:
+    if threading.current_thread() is thread:
+        # The last reference was dropped by the loop itself, which cannot wait for its own end.
+        threading.Thread(target=_close, args=(loop, thread, engine)).start()
+        return
+    asyncio.run_coroutine_threadsafe(engine.let_go(), loop).result(SETTLE_S)
+    engine.join()
+    _stop_loop(loop, thread)
+
+
+def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 def engine_config(*, model: str, **options: Any) -> EngineConfig:
     """An EngineConfig from the fields of its parts. Raises ConfigError for a name that none of them has."""
+    if isinstance(options.get("rope_scaling"), dict):
+        options["rope_scaling"] = json.dumps(options["rope_scaling"])
     parts: dict[str, Any] = {}
     for name, kind in (("model", ModelConfig), ("cache", CacheConfig), ("ring", RingConfig),
                        ("scheduler", SchedulerConfig)):
@@ -159,5 +174,3 @@ def engine_config(*, model: str, **options: Any) -> EngineConfig:
     if options:
         raise ConfigError(f"unknown options: {', '.join(sorted(options))}")
     return EngineConfig(**parts)
-
-

@@ -66,9 +66,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
         self._check("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                     f"between 0 and {MAX_LOGPROBS}")
-        self._check("stop", len(self.stop) <= MAX_STOP_STRINGS and all(
-            0 < len(s) <= MAX_STOP_LENGTH for s in self.stop),
-            f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise InvalidValueError(f"stop must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} "
+                                    f"characters, got lengths {[len(s) for s in self.stop[:MAX_STOP_STRINGS + 1]]}",
+                                    "stop")
         self._check("stop_token_ids", all(0 <= t < 2**31 for t in self.stop_token_ids), "token ids")
         self._check("logit_bias", all(
             0 <= token < 2**31 and math.isfinite(bias) and -100 <= bias <= 100

@@ -52,8 +52,8 @@ def routes(handlers: "Handlers") -> list[Route]:
     return [
         Route(("POST",), "/v1/completions", "user", handlers.completions),
         Route(("POST",), "/v1/chat/completions", "user", handlers.chat_completions),
-        Route(("GET",), "/v1/models", "user", handlers.models),
-        Route(("GET",), "/v1/models/{model_id:path}", "user", handlers.model),
+        Route(probe, "/v1/models", "user", handlers.models),
+        Route(probe, "/v1/models/{model_id:path}", "user", handlers.model),
         Route(probe, "/health", "open", handlers.ready),
         Route(probe, "/livez", "open", handlers.alive),
         Route(probe, "/readyz", "open", handlers.ready),

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running (a rank died, a self-test bound excee
 """
 
 import asyncio
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from ringserve.config import CacheConfig, EngineConfig, ModelConfig, RingConfig,
 from ringserve.errors import ConfigError, RequestError, RingserveError, StartupError
 from ringserve.sampling_params import SamplingParams
 from ringserve_api.config import ServerConfig
+
+DEFAULT_TOKENS = 256
+"""Of `ringserve run`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,8 @@ class RunConfig:
     prompt: str | None = None
     """The prompt itself, instead of a file."""
 
-    max_tokens: int = 256
-    """Most tokens to generate."""
+    max_tokens: int | None = None
+    """Most tokens to generate. Unset: 256, or as many as the context leaves room for."""
 
     temperature: float = 0.0
     """0 takes the most likely token."""
@@ -61,21 +65,29 @@ class RunConfig:
     """Go on after the model's end token."""
 
     def text(self) -> str:
-        """The prompt. Raises ConfigError when there is not exactly one, or it cannot be read."""
+        """The prompt. Raises ConfigError when there is not exactly one, it is empty, or it cannot be read."""
         if (self.prompt_file is None) == (self.prompt is None):
             raise ConfigError("give one of --prompt-file and --prompt")
-        if self.prompt is not None:
-            return self.prompt
-        assert self.prompt_file is not None
-        try:
-            data = sys.stdin.buffer.read() if str(self.prompt_file) == "-" else self.prompt_file.read_bytes()
-            return data.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the prompt in {self.prompt_file} cannot be read: {error}") from error
+        text = self.prompt if self.prompt is not None else self._read(self.prompt_file)
+        if not text:
+            raise ConfigError("the prompt is empty: it needs at least one token")
+        return text
 
-    def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p,
-                              top_k=self.top_k, seed=self.seed, stop=self.stop, ignore_eos=self.ignore_eos)
+    def _read(self, path: Path | None) -> str:
+        try:
+            if str(path) != "-":
+                return Path(str(path)).read_bytes().decode()
+            if sys.stdin is None:
+                raise OSError("standard input is closed")
+            return sys.stdin.buffer.read().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the prompt in {path} cannot be read: {error}") from error
+
+    def params(self, room: int) -> SamplingParams:
+        """`room`: tokens that the context has beyond the prompt."""
+        return SamplingParams(max_tokens=self.max_tokens or max(1, min(DEFAULT_TOKENS, room)),
+                              temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed,
+                              stop=self.stop, ignore_eos=self.ignore_eos)
 
 
 def _engine_config(model: ModelConfig, cache: CacheConfig, ring: RingConfig,
@@ -95,7 +107,8 @@ def run(model: Model, run: RunConfig, cache: CacheConfig, ring: RingConfig, sche
     """Complete one prompt offline: progress on standard error, the answer on standard output."""
     from ringserve_api.offline import run_prompt
 
-    return run_prompt(_engine_config(model, cache, ring, scheduler), run.text(), run.params())
+    run.params(1)  # a wrong value is told before a model is loaded for nothing
+    return run_prompt(_engine_config(model, cache, ring, scheduler), run.text(), run.params)
 
 
 def selftest(model: NeedleUnlessNamed, cache: CacheConfig, ring: RingConfig, scheduler: SchedulerConfig) -> int:
@@ -117,6 +130,8 @@ def model(action: tyro.conf.Positional[Literal["build"]], name: tyro.conf.Positi
     from ringserve.needle import build_needle
 
     try:
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ConfigError(f"{directory} is not empty: name a new directory")
         build_needle(directory)
     except OSError as error:
         raise ConfigError(f"cannot write to {directory}: {error}") from error
@@ -127,17 +142,23 @@ def model(action: tyro.conf.Positional[Literal["build"]], name: tyro.conf.Positi
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: runs one command and exits with its code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if (sys.argv[1:] if argv is None else list(argv)) == ["--version"]:
+        print(f"ringserve {importlib.metadata.version('ringserve')}")
+        sys.exit(0)
     commands: dict[str, Callable[..., Any]] = {"serve": serve, "run": run, "selftest": selftest, "model": model}
     try:
         code: int = tyro.extras.subcommand_cli_from_dict(
             commands, prog="ringserve", args=argv, config=(tyro.conf.OmitArgPrefixes,),
-            description="Exact long-context inference over a ring of devices.")
+            description="Exact long-context inference over a ring of devices. `ringserve --version` says which.")
     except (StartupError, RequestError) as error:
         print(f"ringserve: {error.message}", file=sys.stderr)
         code = 2
     except RingserveError as error:
         print(f"ringserve: {error.message}", file=sys.stderr)
         code = 1
+    except BrokenPipeError:  # whoever read the answer has seen enough
+        sys.stdout = None  # nothing is left to flush
+        code = 0
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

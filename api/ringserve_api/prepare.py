@@ -105,6 +105,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     msgspec's parser refuses NaN, Infinity, numbers out of range, invalid UTF-8 and lone surrogates.
     """
+    if not body:
+        raise ApiError("invalid_json", "the body is empty: send a JSON object")
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError as error:
@@ -151,8 +153,9 @@ def _check_supported(raw: Mapping[str, Any], unsupported: Mapping[str, tuple[obj
                      prefix: str) -> None:
     for name in unsupported.keys() & raw.keys():
         if not is_neutral(raw[name], unsupported[name]):
-            raise ApiError("unsupported_parameter", f"{prefix}{name} is not supported with this value",
-                           f"{prefix}{name}")
+            allowed = " or ".join(msgspec.json.encode(value).decode() for value in unsupported[name])
+            raise ApiError("unsupported_parameter", f"{prefix}{name} is not supported yet"
+                           + (f", except as {allowed}" if allowed else ""), f"{prefix}{name}")
 
 
 def _validate(model: type[GenerationFields], raw: dict[str, Any]) -> GenerationFields:
@@ -243,7 +246,8 @@ def _completion_ids(fields: CompletionFields, tokenizer: Tokenizer) -> "tuple[ar
     try:
         ids = array("I", prompt)
     except OverflowError:
-        raise InvalidValueError("prompt must have token ids in 0 to 2**32 - 1", "prompt") from None
+        wrong = next(i for i in prompt if not 0 <= i < 2**32)
+        raise InvalidValueError(f"prompt has {wrong} as a token id", "prompt") from None
     if not fields.echo:
         return ids, None
     return ids, b"".join(tokenizer.token_bytes(token_id) for token_id in ids).decode("utf-8", "replace")
@@ -264,7 +268,7 @@ def _one_prompt(prompt: Any) -> str | list[int]:
             if prompt[0] and (types == {str} or set(map(type, prompt[0])) == {int}):
                 only: str | list[int] = prompt[0]
                 return only
-    raise InvalidValueError("prompt must be a string or a list of token ids, and not empty", "prompt")
+    raise InvalidValueError("prompt must be a string or a list of token ids (integers), and not empty", "prompt")
 
 
 def _chat_ids(fields: ChatFields, tokenizer: Tokenizer, ignored: set[str]) -> "array[int]":

@@ -67,8 +67,14 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def say(line: str) -> None:
+    """To whoever started the server; a terminal that is gone is no reason to fail."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def announce(url: str) -> None:
-    print(f"ringserve is listening on {url}", file=sys.stderr, flush=True)
+    say(f"ringserve is listening on {url}")
 
 
 class Server:
@@ -105,7 +111,7 @@ class Server:
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=CONNECTION_IDLE_S,
                 timeout_graceful_shutdown=LAST_WORDS_S, proxy_headers=False, server_header=False,
                 access_log=self._config.access_log,
-                log_config=LOGGING_CONFIG if self._config.access_log else None,
+                log_config=_ACCESS_LOG if self._config.access_log else None,
                 log_level="info" if self._config.access_log else "warning"),
             on_started=lambda: self._on_ready(url_of(self._socket)),
             on_signal=lambda number: self.shut_down(128 + number))
@@ -151,6 +157,9 @@ class Server:
 
     async def _drain(self, died: "asyncio.Task[EngineDeadError]") -> None:
         self.state.drain()
+        if count := self.state.open_requests:
+            say(f"ringserve ends when its open requests have ended ({count}), in {self._config.drain_timeout_s:g} s "
+                "at the latest; Ctrl-C again ends it now")
         idle = asyncio.create_task(self.state.idle.wait())
         aborted = asyncio.create_task(self._aborted.wait())
         await asyncio.wait({idle, aborted, died}, timeout=self._config.drain_timeout_s,
@@ -161,9 +170,11 @@ class Server:
 
     def _bury(self, error: EngineDeadError) -> None:
         self._exit_code = 1
-        who = "the engine" if error.rank is None else f"rank {error.rank} of the engine"
-        with contextlib.suppress(OSError):
-            print(f"ringserve: {who} died: {error.message}", file=sys.stderr, flush=True)
+        say(f"ringserve: the engine died: {error.message}")
+
+
+_ACCESS_LOG = {**LOGGING_CONFIG, "handlers": {
+    name: {**handler, "stream": "ext://sys.stderr"} for name, handler in LOGGING_CONFIG["handlers"].items()}}
 
 
 class _HttpServer(uvicorn.Server):

@@ -32,7 +32,7 @@ class ServerState:
         """No request is open."""
         self.idle.set()
         self._drain_deadline: float | None = None
-        self._open_requests = 0
+        self.open_requests = 0
         self._generations: set[Generation] = set()
         self._stop_error: Exception | None = None
 
@@ -67,13 +67,13 @@ class ServerState:
         refusal = self.unavailable()
         if refusal is not None:
             raise refusal
-        self._open_requests += 1
+        self.open_requests += 1
         self.idle.clear()
         try:
             yield
         finally:
-            self._open_requests -= 1
-            if self._open_requests == 0:
+            self.open_requests -= 1
+            if self.open_requests == 0:
                 self.idle.set()
 
     @asynccontextmanager

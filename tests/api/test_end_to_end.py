@@ -161,7 +161,10 @@ def test_a_port_in_use_is_said(server: Running) -> None:
     (["serve", "/nonexistent"], "does not exist"), (["serve", "needle", "--ring-size", "0"], "ring_size"),
     (["serve", "needle", "--max-model-len", "99999999"], "2097152"),
     (["serve", "needle", "--host", "0.0.0.0"], "insecure"),
-    (["run", "needle", "--prompt-file", "/nonexistent"], "cannot be read"), (["run", "needle"], "--prompt-file")])
+    (["run", "needle", "--prompt-file", "/nonexistent"], "cannot be read"), (["run", "needle"], "--prompt-file"),
+    (["run", "needle", "--prompt", ""], "empty"), (["run", "needle", "--prompt", "x", "--top-p", "2"], "top_p"),
+    (["serve", "needle", "--transport", "nccl"], "nccl"), (["serve", "Qwen/Qwen3-0.6B"], "nothing is downloaded"),
+    (["model", "build", "needle", "."], "not empty")])
 def test_what_cannot_work_is_one_line_and_exit_code_2(flags: list[str], words: str) -> None:
     result = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert result.returncode == 2
@@ -177,6 +180,23 @@ def test_run_prints_the_answer_and_nothing_else_on_standard_output() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout == ANSWER[:-1] + "\n"
     assert "tok/s" in result.stderr
+
+
+def test_run_without_standard_input_is_one_line() -> None:
+    result = subprocess.run(["bash", "-c", 'exec "$@" <&-', "-", *command("run", "needle", "--prompt-file", "-")],
+                            capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert result.returncode == 2
+    assert "standard input is closed" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_the_run() -> None:
+    endless = command("run", "needle", "--prompt", PROMPT, "--max-tokens", "100000", "--kv-cache-gib", "0.2")
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.read(5) == ANSWER[:5]
+        run.stdout.close()
+        assert run.wait(60) == 0
+        assert "Traceback" not in run.stderr.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

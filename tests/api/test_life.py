@@ -89,7 +89,8 @@ def test_draining_lets_open_requests_finish(start_server: Callable[..., RunningS
     assert server.engine.closed and server.engine.cancelled == []
 
 
-def test_streams_that_outlast_the_drain_end_with_an_error(start_server: Callable[..., RunningServer]) -> None:
+def test_streams_that_outlast_the_drain_end_with_an_error(start_server: Callable[..., RunningServer],
+                                                          capfd: pytest.CaptureFixture[str]) -> None:
     server = start_server(drain_timeout_s=0.3)
     server.engine.step_s = 0.05
     with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM) as response:
@@ -99,11 +100,12 @@ def test_streams_that_outlast_the_drain_end_with_an_error(start_server: Callable
         assert error_at_the_end(lines)["code"] == "draining"
     assert server.join() == 0
     assert len(server.engine.cancelled) == 1
+    assert "open requests have ended (1), in 0.3 s" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("rank, words", [(1, "rank 1 of the engine died"), (None, "the engine died")])
+@pytest.mark.parametrize("rank", [1, None])
 def test_the_engine_dies(start_server: Callable[..., RunningServer], capfd: pytest.CaptureFixture[str],
-                         rank: int | None, words: str) -> None:
+                         rank: int | None) -> None:
     server = start_server()
     server.engine.step_s = 30
     with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM) as response:
@@ -113,7 +115,7 @@ def test_the_engine_dies(start_server: Callable[..., RunningServer], capfd: pyte
         error = error_at_the_end(lines)
     assert error["code"] == "engine_dead" and "secret" not in str(error)
     assert server.join() == 1
-    assert words in capfd.readouterr().err
+    assert "the engine died: secret details" in capfd.readouterr().err
     assert server.engine.closed and server.engine.cancelled == []
 
 
@@ -151,7 +153,8 @@ def test_signals_drain_and_then_abort() -> None:
         process.send_signal(signal.SIGTERM)
         assert "length" in [line for line in lines if line][-2]
         assert process.wait(10) == 0
-        assert process.stderr is not None and process.stderr.read() == ""
+        assert process.stderr is not None
+        assert "Ctrl-C again" in (said := process.stderr.read()) and said.count("\n") == 1
     process, url = start_process()
     with process, httpx.stream("POST", f"{url}/v1/completions", json=STREAM) as response:
         lines = response.iter_lines()

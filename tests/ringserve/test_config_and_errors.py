@@ -36,6 +36,15 @@ from ringserve.errors import (
     (SchedulerConfig, "max_running_requests", 0),
     (SchedulerConfig, "max_waiting_requests", 0),
     (SchedulerConfig, "output_reserve", 0),
+    (ModelConfig, "dtype", "int3"),
+    (CacheConfig, "block_size", 2.5),
+    (CacheConfig, "block_size", True),
+    (CacheConfig, "kv_cache_gib", "1"),
+    (RingConfig, "ring_size", "2"),
+    (RingConfig, "ring_mode", "pass"),
+    (RingConfig, "device", "tpu"),
+    (RingConfig, "transport", "carrier-pigeon"),
+    (SchedulerConfig, "max_chunk_tokens", 10.0),
 ])
 def test_a_value_that_cannot_work_is_refused_by_name(kind: type, field: str, value: Any) -> None:
     options = {"model": "m"} if kind is ModelConfig else {}

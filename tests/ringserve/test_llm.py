@@ -1,5 +1,7 @@
 """The offline API on real processes: what a script's author sees, and what is left behind."""
 
+import gc
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from ringserve.errors import (
     InvalidValueError,
     RequestError,
 )
+from ringserve.llm import engine_config
 from tests.families import load_eager
 from tests.processes import descendants, kill, listeners, wait_until_gone
 from tests.ringserve.conftest import FamilyDirectory
@@ -123,6 +126,12 @@ def test_an_unknown_option_is_named() -> None:
         LLM("needle", ring_sise=2)
 
 
+def test_rope_scaling_may_be_a_dict() -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    written = engine_config(model="m", rope_scaling=scaling).model.rope_scaling
+    assert written is not None and json.loads(written) == scaling
+
+
 @pytest.mark.parametrize("victim", ["rank", "engine"])
 def test_a_killed_process_is_an_error_and_takes_the_others_along(victim: str,
                                                                 family_directory: FamilyDirectory) -> None:
@@ -165,4 +174,29 @@ def test_a_script_killed_in_the_middle_leaves_no_process(family_directory: Famil
         pids = [int(word) for word in script.stdout.readline().split()]
         assert len(pids) == 3
         script.kill()
+    wait_until_gone(pids)
+
+
+LEFT_OPEN = """
+import sys
+from ringserve import LLM
+llm = LLM(sys.argv[1], ring_size=2, kv_cache_gib=0.01)
+print(*llm.info.pids, flush=True)
+raise SystemExit(7)
+"""
+
+
+def test_a_script_that_forgets_to_close_ends_quietly_and_leaves_no_process(
+        family_directory: FamilyDirectory) -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN, str(family_directory("llama"))], capture_output=True,
+                           text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (ended.returncode, ended.stderr) == (7, "")
+    wait_until_gone([int(word) for word in ended.stdout.split()])
+
+
+def test_a_forgotten_object_is_closed(family_directory: FamilyDirectory) -> None:
+    llm = LLM(str(family_directory("llama")), kv_cache_gib=0.01)
+    pids = llm.info.pids
+    del llm
+    gc.collect()
     wait_until_gone(pids)
