@@ -69,7 +69,13 @@ class ContextLengthError(RequestError):
 
 
 class OverloadedError(RequestError):
+    """`retry_after_s`: when there should be room again, where that can be told."""
+
     code = "server_overloaded"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(RingserveError):

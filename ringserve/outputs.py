@@ -19,6 +19,24 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Requests to be started before this one; 0 when running."""
 
 
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a request before it runs."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, found in the cache now or being computed for another request."""
+    ring_width: int
+    """Ranks over which its new blocks would be dealt."""
+    kv_bytes: int
+    """Of the KV cache for the prompt and the reserve for its output, cached blocks included."""
+    queue_ms: int | None
+    """Until its prefill begins; None while nothing has been measured."""
+    first_token_ms: int | None
+    """Until its first token, waiting included."""
+    queue_position: int
+    """Requests to be started before this one."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float

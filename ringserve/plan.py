@@ -53,6 +53,19 @@ class BlocksDealt(msgspec.Struct, frozen=True):
     holders: list[int]
     slots: list[list[int]]
     """[groups][n]"""
+    computed: list[int]
+    """[n] tokens whose keys are there already: found in the cache, or computed by another request."""
+
+
+class BlockCopy(msgspec.Struct, frozen=True):
+    """A complete block to be copied to another rank before the step's rows: from then on both hold it."""
+
+    source: int
+    destination: int
+    source_slots: list[int]
+    """[groups]"""
+    destination_slots: list[int]
+    """[groups]"""
 
 
 class ScheduledRows(msgspec.Struct, frozen=True):
@@ -77,6 +90,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     new: list[NewRequest] = []
     tokens: list[TokensKnown] = []
     blocks: list[BlocksDealt] = []
+    copies: list[BlockCopy] = []
     rows: list[ScheduledRows] = []
     released: list[int] = []
     """Handles whose blocks are gone, before this step: finished, cancelled or parked requests."""

@@ -239,7 +239,7 @@ class Scheduler:
     def _dealt(self, request: Request, start: int) -> BlocksDealt:
         blocks = request.blocks[start:]
         return BlocksDealt(request.handle, start, [b.rank for b in blocks],
-                           [list(slots) for slots in zip(*(b.slots for b in blocks))])
+                           [list(slots) for slots in zip(*(b.slots for b in blocks))], [0] * len(blocks))
 
     def _park(self, request: Request) -> None:
         """Take a running request's blocks back; it is recomputed from its known tokens when there is room."""

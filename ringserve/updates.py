@@ -3,8 +3,9 @@
 import msgspec
 
 from ringserve.config import EngineConfig
-from ringserve.outputs import Progress, TokenLogprob, Usage
+from ringserve.outputs import Estimate, Progress, TokenLogprob, Usage
 from ringserve.sampling_params import SamplingParams
+from ringserve.scheduling_params import SchedulingParams
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -21,14 +22,21 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Little-endian u32."""
     params: SamplingParams
     end_token_ids: tuple[int, ...]
+    scheduling: SchedulingParams = SchedulingParams()
     return_progress: bool = False
+
+
+class AskEstimate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What would become of this request? Answered by Admission; nothing is queued."""
+
+    request: AddRequest
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
-Command = EngineSetup | AddRequest | CancelRequest
+Command = EngineSetup | AddRequest | AskEstimate | CancelRequest
 
 
 class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +51,19 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     usage: Usage | None = None
     error: str | None = None
+
+
+class Admission(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to AddRequest and to AskEstimate, before any work is done."""
+
+    request_id: str
+    estimate: Estimate | None = None
+    """None when the request was refused."""
+    refusal: str | None = None
+    """Why it was refused: the message of the error of class `kind`."""
+    kind: str = ""
+    param: str | None = None
+    retry_after_s: float | None = None
 
 
 class Updates(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -81,4 +102,4 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rank: int | None = None
 
 
-Report = EngineReady | StartupFailed | Updates | EngineFailed
+Report = EngineReady | StartupFailed | Admission | Updates | EngineFailed

@@ -15,10 +15,10 @@ PACKAGES = {"ringserve": ROOT / "ringserve", "ringserve_kernels": ROOT / "kernel
 OURS = ("ringserve", "ringserve_kernels", "ringserve_api")
 ENGINE_SEEN_BY_THE_API = {
     "ringserve", "ringserve.async_engine", "ringserve.config", "ringserve.errors", "ringserve.llm",
-    "ringserve.needle", "ringserve.outputs", "ringserve.sampling_params", "ringserve.selftest",
-    "ringserve.tokenizer"}
+    "ringserve.needle", "ringserve.outputs", "ringserve.sampling_params", "ringserve.scheduling_params",
+    "ringserve.selftest", "ringserve.tokenizer"}
 WITHOUT_TORCH = {f"ringserve.{name}" for name in (
-    "scheduler", "block_pool", "prefix_cache", "request", "cost_model", "plan")}
+    "scheduler", "block_pool", "prefix_cache", "request", "cost_model", "plan", "policy", "placement", "simulate")}
 
 
 @dataclass(frozen=True)

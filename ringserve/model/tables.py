@@ -48,7 +48,7 @@ class RequestTable:
         self.holders, self.computed = _grow(self.holders, stop), _grow(self.computed, stop)
         self.slots = [_grow(slots, stop) for slots in self.slots]
         self.holders[dealt.start:stop] = dealt.holders
-        self.computed[dealt.start:stop] = 0
+        self.computed[dealt.start:stop] = dealt.computed
         for slots, new in zip(self.slots, dealt.slots):
             slots[dealt.start:stop] = new
         self.num_blocks = max(self.num_blocks, stop)

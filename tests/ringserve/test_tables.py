@@ -107,7 +107,7 @@ def test_a_table_grows_by_any_steps(steps: list[int]) -> None:
         table.know(TokensKnown(1, len(tokens), pack_ids(array("I", new))))
         tokens += new
         dealt = list(range(len(blocks), len(blocks) + step))
-        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], [dealt, [b + 1 for b in dealt]]))
+        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], [dealt, [b + 1 for b in dealt]], [0] * len(dealt)))
         blocks += dealt
     assert table.token_ids[:table.num_tokens].tolist() == tokens
     assert table.holders[:table.num_blocks].tolist() == [b % 3 for b in blocks]
@@ -118,9 +118,9 @@ def test_a_table_grows_by_any_steps(steps: list[int]) -> None:
 def test_blocks_dealt_again_are_missing_again() -> None:
     """What a survivor does when a lost block finds a new holder."""
     table = RequestTable(NewRequest(1, SamplingParams(), 0, (), 1), groups=1)
-    table.deal(BlocksDealt(1, 0, [0, 1, 0], [[0, 0, 1]]))
+    table.deal(BlocksDealt(1, 0, [0, 1, 0], [[0, 0, 1]], [0] * 3))
     table.mark_computed(np.arange(12), 4)
-    table.deal(BlocksDealt(1, 1, [2], [[7]]))
+    table.deal(BlocksDealt(1, 1, [2], [[7]], [0]))
     assert table.keys(0, 0, 4).first.tolist() == [0, 8]
     assert len(table.keys(1, 0, 4)) == len(table.keys(2, 0, 4)) == 0
     table.mark_computed(np.array([4, 5]), 4)
