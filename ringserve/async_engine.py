@@ -24,16 +24,20 @@ from ringserve.errors import (
     EngineError,
     InvalidValueError,
     OverloadedError,
+    RequestError,
     StartupError,
     error_named,
 )
-from ringserve.outputs import RequestOutput, TokenLogprob, Usage
+from ringserve.outputs import Estimate, RequestOutput, TokenLogprob, Usage
 from ringserve.plan import pack_ids
 from ringserve.processes import ChildProcess
 from ringserve.sampling_params import SamplingParams
+from ringserve.scheduling_params import SchedulingParams
 from ringserve.tokenizer import Tokenizer
 from ringserve.updates import (
     AddRequest,
+    Admission,
+    AskEstimate,
     CancelRequest,
     EngineFailed,
     EngineReady,
@@ -83,6 +87,9 @@ class AsyncEngine:
         self.most_requests = most_requests
         """Running and queued together; more are refused."""
         self._streams: dict[str, RequestStream] = {}
+        self._admissions: dict[str, asyncio.Future[Admission]] = {}
+        """What the engine has not said a word on yet."""
+        self._questions = 0
         self._death = asyncio.Event()
         self._closing = False
         self._pump = asyncio.create_task(self._read(), name="engine updates")
@@ -129,24 +136,61 @@ class AsyncEngine:
 
     # Requests
 
-    def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *, request_id: str,
-               return_progress: bool = False) -> AsyncIterator[RequestOutput]:
-        """Queue a request. Raises RequestError or EngineDeadError at once, before any work is done.
+    async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *, request_id: str,
+                     return_progress: bool = False, scheduling: SchedulingParams | None = None,
+                     ) -> AsyncIterator[RequestOutput]:
+        """Queue a request; returns when the engine has taken it. Raises RequestError or EngineDeadError before any work
+        is done.
 
         The stream ends after the output with a finish reason, or raises EngineError. Leaving it early does not
         stop the request: `cancel` does."""
-        if self.dead is not None:
-            raise self.dead
+        self._check_alive()
         if request_id in self._streams:
             raise InvalidValueError(f"request id {request_id!r} is already in use", "request_id")
         if len(self._streams) >= self.most_requests:
             raise OverloadedError(f"{len(self._streams)} requests are running or queued, which is the limit")
         token_ids = self.validate(prompt_token_ids, params)
         stream = RequestStream(self, request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params))
-        self._send(AddRequest(request_id=request_id, token_ids=pack_ids(token_ids), params=params,
-                              end_token_ids=self._end_token_ids, return_progress=return_progress))
         self._streams[request_id] = stream
+        try:
+            await self._admission(AddRequest(
+                request_id=request_id, token_ids=pack_ids(token_ids), params=params, return_progress=return_progress,
+                end_token_ids=self._end_token_ids, scheduling=scheduling or SchedulingParams()))
+        except asyncio.CancelledError:
+            await self.cancel(request_id)
+            raise
+        except BaseException:
+            self._streams.pop(request_id, None)
+            raise
         return stream
+
+    async def estimate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams,
+                       scheduling: SchedulingParams | None = None) -> Estimate:
+        """What would become of a request. Queues nothing. Raises what `submit` would."""
+        self._check_alive()
+        token_ids = self.validate(prompt_token_ids, params)
+        self._questions += 1
+        return await self._admission(AskEstimate(request=AddRequest(
+            request_id=f"estimate/{self._questions}", token_ids=pack_ids(token_ids), params=params,
+            end_token_ids=self._end_token_ids, scheduling=scheduling or SchedulingParams())))
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise self.dead
+
+    async def _admission(self, command: AddRequest | AskEstimate) -> Estimate:
+        """Send a command and wait for the engine's word on it: it comes between two steps."""
+        request_id = command.request.request_id if isinstance(command, AskEstimate) else command.request_id
+        answered: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
+        self._admissions[request_id] = answered
+        try:
+            self._send(command)
+            answer = await answered
+        finally:
+            self._admissions.pop(request_id, None)
+        if answer.estimate is None:
+            raise _refusal(answer)
+        return answer.estimate
 
     def validate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams) -> "array[int]":
         """The prompt as u32 ids, found to fit. Raises RequestError."""
@@ -167,11 +211,12 @@ class AsyncEngine:
             raise ContextLengthError(len(token_ids), output, limit)
         return token_ids
 
-    async def cancel(self, request_id: str) -> None:
-        """Stop a request before the next step. Nothing happens when it has ended already."""
+    async def cancel(self, request_id: str, satisfied: bool = False) -> None:
+        """Stop a request before the next step. Nothing happens when it has ended already. `satisfied`: because its
+        client has all it wanted."""
         stream = self._streams.pop(request_id, None)
         if stream is not None and self.dead is None and not self._closing:
-            self._send(CancelRequest(request_id=request_id))
+            self._send(CancelRequest(request_id=request_id, satisfied=satisfied))
             stream.fail(EngineError("the request was cancelled"))
 
     # Life
@@ -211,6 +256,10 @@ class AsyncEngine:
                     for update in report.updates:
                         if (stream := self._streams.get(update.request_id)) is not None:
                             stream.feed(update)
+                elif isinstance(report, Admission):
+                    answered = self._admissions.get(report.request_id)
+                    if answered is not None and not answered.done():
+                        answered.set_result(report)
                 elif isinstance(report, EngineFailed):
                     self._die(EngineDeadError(report.message, report.rank))
                     return
@@ -230,6 +279,9 @@ class AsyncEngine:
             streams, self._streams = self._streams, {}
             for stream in streams.values():
                 stream.fail(error)
+            for answered in self._admissions.values():
+                if not answered.done():
+                    answered.set_exception(error)
 
 
 class RequestStream:
@@ -238,7 +290,7 @@ class RequestStream:
 
     def __init__(self, engine: AsyncEngine, request_id: str, prompt_tokens: int, detokenizer: Detokenizer) -> None:
         self._engine, self.request_id, self._detokenizer = engine, request_id, detokenizer
-        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._output_tokens, self._cached_tokens = prompt_tokens, 0, 0
         self._pending: list[RequestUpdate] = []
         self._arrived = asyncio.Event()
         self._error: EngineError | None = None
@@ -286,6 +338,7 @@ class RequestStream:
         stop_reason: str | int | None = None
         usage: Usage | None = None
         for update in updates:
+            self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
             # The token that ended the answer is not part of its text.
             shown = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
             before = self._detokenizer.count
@@ -306,8 +359,9 @@ class RequestStream:
                 break
         self._output_tokens += len(token_ids)
         if self._detokenizer.stop is not None:
-            usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._output_tokens)
-            await self._engine.cancel(self.request_id)
+            usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._output_tokens,
+                          cached_tokens=self._cached_tokens)
+            await self._engine.cancel(self.request_id, satisfied=True)
         return RequestOutput(
             request_id=self.request_id, text=text, token_ids=token_ids, logprobs=logprobs,
             progress=next((u.progress for u in reversed(updates) if u.progress is not None), None),
@@ -327,6 +381,15 @@ def resolve_model(model: str) -> str:
         raise CheckpointError(f"model directory {model} does not exist: the model is a directory on this machine "
                               f"(nothing is downloaded), or `{NEEDLE}`")
     return model
+
+
+def _refusal(answer: Admission) -> RequestError:
+    """The error that the engine process refused a request with."""
+    assert answer.refusal is not None
+    kind = error_named(answer.kind, RequestError)
+    if kind is OverloadedError:
+        return OverloadedError(answer.refusal, answer.retry_after_s)
+    return InvalidValueError(answer.refusal, answer.param)
 
 
 async def _streams_of(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

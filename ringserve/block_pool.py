@@ -1,4 +1,4 @@
-"""BlockPool: which slots of which rank are free, and who holds each block. No torch: tested in milliseconds.
+"""BlockPool: which slots of which rank are free. No torch: tested in milliseconds.
 
     request   block:   0    1    2    3    4    5        dealt in stripes to the least loaded rank
               holder:  0    1    0    1    0    1
@@ -6,8 +6,11 @@
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from ringserve.block import Copy
 
 STRETCH = 8
 """Adjacent slots that a growing request has to itself when there is room."""
@@ -104,108 +107,74 @@ class SlotRuns:
         assert self.free == sum(run.stop - run.start for run in self._runs)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One copy of a block: its holder and, per layer group, the slot there."""
-
-    rank: int
-    slots: tuple[int, ...]
-
-
 class BlockPool:
-    """Slots of every rank and layer group, with reference counts and reservations.
-
-    A block is referenced by the requests that use it; it is free again when the last lets go. A reservation
-    sets a number of blocks aside for a running request's output without naming them.
-    """
+    """Slots of every rank and layer group, and what is set aside on each rank for the output of running requests."""
 
     def __init__(self, ring_size: int, groups: int, slots_per_rank: int) -> None:
         self.ring_size, self.groups, self.slots_per_rank = ring_size, groups, slots_per_rank
         self._free = [[SlotRuns(slots_per_rank) for _ in range(groups)] for _ in range(ring_size)]
-        self._references: dict[Block, int] = {}
-        self.reserved = 0
+        self._used: set[Copy] = set()
+        self.reserved = [0] * ring_size
+        """[ranks] blocks that are set aside without being named."""
 
     @property
     def total(self) -> int:
         return self.ring_size * self.slots_per_rank
 
     def free_on(self, rank: int) -> int:
-        return min(runs.free for runs in self._free[rank])
+        """Slots that hold nothing."""
+        return self._free[rank][0].free
 
-    @property
-    def unreserved(self) -> int:
-        """Blocks that are neither in use nor set aside."""
-        return sum(self.free_on(rank) for rank in range(self.ring_size)) - self.reserved
+    def take(self, rank: int, count: int) -> list[Copy]:
+        """Slots for so many blocks on a rank, adjacent when possible. Raises NoFreeSlotsError."""
+        copies = [Copy(rank, slots) for slots in zip(*(runs.take(count) for runs in self._free[rank]))]
+        self._used.update(copies)
+        return copies
 
-    def reserve(self, count: int) -> None:
-        if count > self.unreserved:
-            raise NoFreeSlotsError(f"{count} blocks wanted, {self.unreserved} neither used nor reserved")
-        self.reserved += count
-
-    def unreserve(self, count: int) -> None:
-        assert 0 <= count <= self.reserved, (count, self.reserved)
-        self.reserved -= count
-
-    def deal(self, ranks: list[int], count: int, held: list[int], stripe: int = 1) -> list[Block]:
-        """New blocks for a request, referenced once: each stripe goes to the one of `ranks` that holds the
-        fewest of the request's blocks (`held`, [ring_size], not changed), then the one with most room.
-
-        Raises NoFreeSlotsError and takes nothing when the ranks cannot hold them."""
-        room = [self.free_on(rank) for rank in range(self.ring_size)]
-        held = list(held)
-        holders: list[int] = []
-        while len(holders) < count:
-            fitting = [rank for rank in ranks if room[rank] > 0]
-            if not fitting:
-                raise NoFreeSlotsError(f"{count} blocks wanted, {len(holders)} fit on ranks {ranks}")
-            rank = min(fitting, key=lambda r: (held[r], -room[r], r))
-            size = min(stripe, count - len(holders), room[rank])
-            holders += [rank] * size
-            held[rank] += size
-            room[rank] -= size
-        taken = {rank: [runs.take(holders.count(rank)) for runs in self._free[rank]] for rank in set(holders)}
-        return self._name(holders, taken)
-
-    def extend(self, rank: int, after: Block | None) -> Block:
-        """One more block on `rank`, in the slots following `after` when they are free."""
-        if self.free_on(rank) == 0:
-            raise NoFreeSlotsError(f"rank {rank} has no free slot")
+    def extend(self, rank: int, after: Copy | None) -> Copy:
+        """A slot for one more block on `rank`, following `after` when that is free. Raises NoFreeSlotsError."""
         follow = after.slots if after is not None and after.rank == rank else (None,) * self.groups
-        taken = [[runs.take_growing(slot)] for runs, slot in zip(self._free[rank], follow)]
-        return self._name([rank], {rank: taken})[0]
+        copy = Copy(rank, tuple(runs.take_growing(slot) for runs, slot in zip(self._free[rank], follow)))
+        self._used.add(copy)
+        return copy
 
-    def _name(self, holders: list[int], taken: dict[int, list[list[int]]]) -> list[Block]:
-        streams = {rank: zip(*slots) for rank, slots in taken.items()}
-        blocks = [Block(rank, tuple(next(streams[rank]))) for rank in holders]
-        self._references.update(dict.fromkeys(blocks, 1))
-        return blocks
-
-    def retain(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            self._references[block] += 1
-
-    def release(self, blocks: list[Block]) -> None:
-        """Drop one reference each; blocks without any are free again."""
-        gone: dict[int, list[Block]] = {}
-        for block in blocks:
-            assert block in self._references, f"{block} released twice"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                del self._references[block]
-                gone.setdefault(block.rank, []).append(block)
+    def give(self, copies: Iterable[Copy]) -> None:
+        """Their slots are free again."""
+        gone: dict[int, list[Copy]] = {}
+        for copy in copies:
+            assert copy in self._used, f"{copy} given back twice"
+            self._used.remove(copy)
+            gone.setdefault(copy.rank, []).append(copy)
         for rank, dead in gone.items():
             for group, runs in enumerate(self._free[rank]):
-                runs.give([block.slots[group] for block in dead])
+                runs.give([copy.slots[group] for copy in dead])
 
     def check(self) -> None:
-        """Every slot is free or used by exactly one block, never both, never neither."""
+        """Every slot is free or used by exactly one copy, never both, never neither."""
         for rank in range(self.ring_size):
             for group, runs in enumerate(self._free[rank]):
                 runs.check()
-                used = [b.slots[group] for b in self._references if b.rank == rank]
+                used = [copy.slots[group] for copy in self._used if copy.rank == rank]
                 free = runs.slots()
                 assert len(used) == len(set(used)), f"rank {rank} group {group}: a slot belongs to two blocks"
                 assert not free & set(used), f"rank {rank} group {group}: a slot is free and used"
                 assert len(free) + len(used) == self.slots_per_rank, f"rank {rank} group {group}: slots lost"
-        assert all(count > 0 for count in self._references.values())
-        assert self.reserved >= 0
+        assert all(count >= 0 for count in self.reserved), self.reserved
+
+
+def deal(ranks: Sequence[int], count: int, held: Sequence[int], room: Sequence[int],
+         stripe: int = 1) -> list[int] | None:
+    """Holders for `count` new blocks of a request: each stripe goes to the one of `ranks` that holds the fewest of its
+    blocks, then the one with most room. None when there is no room. `held`, `room`: [ring_size] blocks."""
+    held, room = list(held), list(room)
+    holders: list[int] = []
+    while len(holders) < count:
+        fitting = [rank for rank in ranks if room[rank] > 0]
+        if not fitting:
+            return None
+        rank = min(fitting, key=lambda r: (held[r], -room[r], r))
+        size = min(stripe, count - len(holders), room[rank])
+        holders += [rank] * size
+        held[rank] += size
+        room[rank] -= size
+    return holders

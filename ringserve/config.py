@@ -9,6 +9,7 @@ from ringserve.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 RingMode = Literal["auto", "pass-kv", "pass-q"]
+PolicyName = Literal["fcfs", "edf", "slack", "slack-floor", "srpt"]
 TransportName = Literal["auto", "shm", "gloo", "nccl"]
 
 
@@ -64,6 +65,9 @@ class CacheConfig:
     block_size: int = 64
     """Tokens in a block of the KV cache."""
 
+    prefix_cache: bool = True
+    """Keep the blocks of ended requests for later ones that begin with the same tokens."""
+
     kv_cache_gib: float | None = None
     """GiB of KV cache over all ranks. Unset: 60% of the memory that is free after loading."""
 
@@ -112,6 +116,23 @@ class RingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
+    max_step_ms: float | None = None
+    """Milliseconds that a step should last at most while requests share the ring: what a new request waits before it
+    is seen, and the longest gap between two tokens. Unset: what a full chunk takes at the start of a prompt, but 100 to
+    500."""
+
+    policy: PolicyName = "slack-floor"
+    """Which prefills get the time of a step first. See docs/scheduling.md for the comparison."""
+
+    ring_width: int | None = None
+    """Ranks that each request uses. Unset: as many as make it faster by enough, by the cost model."""
+
+    max_queue_s: float | None = None
+    """Predicted seconds of prefill work, running and queued, beyond which requests are refused. Unset: no limit."""
+
+    tenant_weights: tuple[str, ...] = ()
+    """Shares of tenants that differ from 1, written name=2."""
+
     max_chunk_tokens: int = 2048
     """Most new tokens in one step, over all requests and ranks."""
 
@@ -129,6 +150,9 @@ class SchedulerConfig:
         check_types(self)
         for name in ("max_chunk_tokens", "max_running_requests", "max_waiting_requests", "output_reserve"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_step_ms", "ring_width", "max_queue_s"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive, got {value}")
 
     @property
     def most_running(self) -> int:

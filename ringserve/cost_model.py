@@ -1,14 +1,40 @@
-"""CostModel: the one place that knows what work costs. No torch.
+"""CostModel: the one place that knows what work costs, in seconds. No torch.
 
-Attention pairs grow with the square of the prompt, so progress in tokens says little: a prefill is weighted by
-    cost(p) = linear * p + pair * p^2 / 2
-per full layer (min(p, window) per window layer). Seconds come from finished steps.
+A step's seconds are linear in what its busiest rank has to do, whatever the model:
+
+    constant + per request + per token (linear layers) + per attended pair + per byte of keys read
+             + per byte sent + per exchange
+
+Ranks that a wide request joins meet in every layer, so a step lasts as long as its busiest rank; the layers of one
+step share their work in the same proportions, so the largest sum stands for the sum of the largest. Seven numbers are
+fitted online by least squares on relative errors, weights falling by age, starting from what was measured at start or
+was learned by an earlier server on the same machine.
 """
 
+import json
+import math
+import os
+from bisect import insort
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ringserve.plan import LayerGroup, Mode
+
+FEATURES = ("step", "request", "token", "flop", "key_byte", "sent_byte", "exchange")
+N = len(FEATURES)
+STEP, REQUEST, TOKEN, FLOP, KEY_BYTE, SENT_BYTE, EXCHANGE = range(N)
+Vector = list[float]
+
+MEMORY = 0.995
+"""Weight of a step relative to the one after it: about 200 steps count."""
+PRIOR_STEPS = 4.0
+"""What was known at start counts as so many steps."""
+OUTLIER = 4.0
+"""A step that took longer than this times its prediction (the machine was busy with something else) is cut to it."""
+SAMPLES = 12
+"""Points at which the cost of a long prefill is integrated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +49,11 @@ class Machine:
     """Of one number in the KV cache."""
     overlaps: bool
     """Whether transfers run beside the attention (a GPU's copy engines and network card), or take the same cores."""
+    key_bytes_per_s: float = 8e9
+    """At which a rank reads its keys."""
+    step_s: float = 2e-3
+    request_s: float = 4e-4
+    exchange_s: float = 5e-5
 
 
 def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Machine) -> bool:
@@ -35,11 +66,9 @@ def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Mac
     """
     if group.window is not None:
         cached = min(cached, group.window)
-    heads, kv_heads = group.num_heads, group.num_kv_heads
     if not machine.overlaps:
-        keys = (new + cached) * kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
-        partials = 4 * (group.value_dim + 1)
-        return keys <= new * heads * (group.key_dim * machine.element_bytes + partials)
+        return (new + cached) * key_bytes(group, machine) <= new * query_bytes(group, machine)
+    heads, kv_heads = group.num_heads, group.num_kv_heads
     compute = ranks * machine.flops * machine.element_bytes
     hidden_from = compute * kv_heads / (2 * heads * machine.link_bytes_per_s)
     if new >= (hidden_from if cached else 2 * hidden_from):
@@ -47,17 +76,81 @@ def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Mac
     return new / (new + cached) >= 2 * kv_heads / heads - 4 * new * machine.link_bytes_per_s / compute
 
 
+def key_bytes(group: LayerGroup, machine: Machine) -> float:
+    """Of one token's key and value in one layer."""
+    return group.num_kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
+
+
+def query_bytes(group: LayerGroup, machine: Machine) -> float:
+    """Of one row that travels and the partial result (fp32) that comes home, in one layer."""
+    return group.num_heads * (group.key_dim * machine.element_bytes + 4 * (group.value_dim + 1))
+
+
+class StepCost:
+    """What a step asks of each rank, added up request by request: [ranks][features] without the constant."""
+
+    __slots__ = ("_model", "ranks")
+
+    def __init__(self, model: "CostModel") -> None:
+        self._model = model
+        self.ranks = [[0.0] * N for _ in range(model.ring_size)]
+
+    def add(self, work: "Sequence[tuple[int, Vector]]") -> None:
+        for rank, features in work:
+            row = self.ranks[rank]
+            for i in range(1, N):
+                row[i] += features[i]
+
+    def features(self) -> Vector:
+        """Of the busiest rank, with the constant."""
+        weights = self._model.weights
+        busiest = max(self.ranks, key=lambda row: _dot(row, weights))
+        return [1.0, *busiest[1:]]
+
+    def seconds(self, work: "Sequence[tuple[int, Vector]]" = ()) -> float:
+        """Predicted, with this added."""
+        weights = self._model.weights
+        more = dict(work)
+        best = 0.0
+        for rank, row in enumerate(self.ranks):
+            total = _dot(row, weights)
+            if rank in more:
+                total += _dot(more[rank], weights)
+            best = max(best, total)
+        return best + weights[STEP]
+
+
 class CostModel:
-    """Answers what work costs, in FLOPs from the model's shape and in seconds from the steps that were run."""
+    """Answers what work costs: in FLOPs from the model's shape, in seconds from the steps that were run."""
 
     def __init__(self, groups: Sequence[LayerGroup], linear_flops_per_token: float, ring_size: int,
                  machine: Machine, forced: Mode | None = None) -> None:
         self.groups, self.ring_size, self.machine = groups, ring_size, machine
-        self._linear = linear_flops_per_token
+        self.linear_flops = linear_flops_per_token
         self._forced = forced
-        self._steps = _Line()
+        self._layers = sum(len(group.layers) for group in groups)
+        link = 0.0 if math.isinf(machine.link_bytes_per_s) else 1.0 / machine.link_bytes_per_s
+        prior = [machine.step_s, machine.request_s, linear_flops_per_token / machine.flops, 1.0 / machine.flops,
+                 1.0 / machine.key_bytes_per_s, link, machine.exchange_s]
+        self._fit = _Fit(prior)
+        self._fitted = machine
+        self.errors = Errors()
+        """Of the predictions of finished steps, |predicted - measured| / measured."""
+        self.steps = 0
+        """That were observed."""
 
-    def modes(self, new: int, cached: int) -> list[Mode]:
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return sum(key_bytes(group, self.machine) * len(group.layers) for group in self.groups)
+
+    @property
+    def weights(self) -> Vector:
+        """Seconds per unit of each feature."""
+        return self._fit.weights
+
+    # What work there is
+
+    def modes(self, new: int, cached: int, width: int | None = None) -> list[Mode]:
         """What travels, per layer group, when `new` tokens of a request attend to `cached` earlier ones.
 
         A single row never moves keys: decode is always a query exchange."""
@@ -65,49 +158,211 @@ class CostModel:
             return ["pass-q"] * len(self.groups)
         if self._forced is not None:
             return [self._forced] * len(self.groups)
-        return ["pass-kv" if passes_kv(new, cached, group, self.ring_size, self.machine) else "pass-q"
+        return ["pass-kv" if passes_kv(new, cached, group, width or self.ring_size, self._fitted) else "pass-q"
                 for group in self.groups]
+
+    def _fitted_machine(self) -> Machine:
+        """The machine as the finished steps show it: the rule's numbers are what was measured, then learned."""
+        flop, sent = self.weights[FLOP], self.weights[SENT_BYTE]
+        if not self.machine.overlaps or flop <= 0 or sent <= 0:
+            return self.machine
+        return replace(self.machine, flops=1 / flop, link_bytes_per_s=1 / sent)
 
     def flops(self, start: int, stop: int) -> float:
         """To compute the tokens [start, stop) of one request."""
-        total = self._linear * (stop - start)
+        total = self.linear_flops * (stop - start)
         for group in self.groups:
             per_pair = 2 * group.num_heads * (group.key_dim + group.value_dim) * len(group.layers)
             total += per_pair * (_pairs(stop, group.window) - _pairs(start, group.window))
         return total
 
-    def observe(self, flops: float, seconds: float) -> None:
-        """A step took `seconds` for `flops`. Steps that only decode say nothing of a prefill: leave them out."""
-        self._steps.add(flops, seconds)
+    def work(self, start: int, tokens: Sequence[int], held: Sequence[int]) -> list[tuple[int, Vector]]:
+        """What computing the next tokens of a request asks of each rank: `tokens` [ranks] of them lie on each,
+        from position `start` on, and `held` [ranks] keys lie there already."""
+        new, cached = sum(tokens), sum(held)
+        involved = [r for r in range(self.ring_size) if tokens[r] or held[r]]
+        modes = self.modes(new, start, len(involved))
+        rows = {rank: [0.0] * N for rank in involved}
+        for rank, features in rows.items():
+            features[REQUEST] = 1.0
+            features[TOKEN] = tokens[rank]
+        others = len(involved) - 1
+        for group, mode in zip(self.groups, modes):
+            layers = len(group.layers)
+            reach = cached + new if group.window is None else min(cached + new, group.window + new)
+            seen = reach / (cached + new)
+            per_key, per_query = key_bytes(group, self.machine) * layers, query_bytes(group, self.machine) * layers
+            pairs = _pairs(start + new, group.window) - _pairs(start, group.window)
+            flops = 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs
+            for rank, features in rows.items():
+                mine, keys = tokens[rank], (held[rank] + tokens[rank]) * seen
+                if mode == "pass-kv":
+                    features[FLOP] += flops * mine / new
+                    features[KEY_BYTE] += reach * per_key if mine else 0.0
+                    features[SENT_BYTE] += others * keys * per_key
+                    features[EXCHANGE] += others * layers
+                else:
+                    features[FLOP] += flops * (keys / reach if others else 1.0)
+                    features[KEY_BYTE] += keys * per_key
+                    features[SENT_BYTE] += others * mine * per_query
+                    features[EXCHANGE] += 2 * others * layers
+        return list(rows.items())
 
-    def seconds(self, flops: float, steps: int) -> float | None:
-        """For that much work in so many steps; None while nothing has been measured."""
-        return self._steps.predict(flops, steps)
+    # Seconds
+
+    def observe(self, features: Vector, seconds: float) -> None:
+        """A step with these features took so long."""
+        predicted = _dot(features, self.weights)
+        self.errors.add(abs(predicted - seconds) / seconds)
+        self.steps += 1
+        self._fit.add(features, min(seconds, OUTLIER * predicted) if self.steps > PRIOR_STEPS else seconds)
+        self._fitted = self._fitted_machine()
+
+    def chunk_seconds(self, start: int, new: int, width: int) -> float:
+        """Of a step with nothing but `new` tokens of one request from `start` on, its blocks spread evenly."""
+        # One rank with the mean of all stands for every one of them.
+        weights = self.weights
+        total = weights[STEP] + weights[REQUEST] + weights[TOKEN] * new / width
+        modes = self.modes(new, start, width)
+        for group, mode in zip(self.groups, modes):
+            layers = len(group.layers)
+            reach = start + new if group.window is None else min(start + new, group.window + new)
+            per_key, per_query = key_bytes(group, self.machine) * layers, query_bytes(group, self.machine) * layers
+            pairs = _pairs(start + new, group.window) - _pairs(start, group.window)
+            total += weights[FLOP] * 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs / width
+            if mode == "pass-kv":
+                total += weights[KEY_BYTE] * reach * per_key
+                if width > 1:
+                    total += (width - 1) * (weights[SENT_BYTE] * reach * per_key / width + weights[EXCHANGE] * layers)
+            else:
+                total += weights[KEY_BYTE] * reach * per_key / width
+                if width > 1:
+                    total += (width - 1) * (weights[SENT_BYTE] * new * per_query / width
+                                            + 2 * weights[EXCHANGE] * layers)
+        return total
+
+    def chunk_tokens(self, start: int, width: int, budget_s: float, most: int, unit: int) -> int:
+        """The largest chunk from `start` on whose step fits the budget: at least `unit`, at most `most`."""
+        if most <= unit or self.chunk_seconds(start, most, width) <= budget_s:
+            return most
+        low, high = unit, most  # fits or must do, does not fit
+        for _ in range(6):
+            middle = (low + high) // 2
+            if self.chunk_seconds(start, middle, width) <= budget_s:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def prefill_seconds(self, start: int, stop: int, width: int, budget_s: float, most: int, unit: int) -> float:
+        """To compute the tokens [start, stop) of a request with nothing else on the ring, in the chunks that the
+        budget allows: the integral over the positions of seconds per token."""
+        if stop <= start:
+            return 0.0
+        if self.chunk_seconds(start, stop - start, width) <= budget_s and stop - start <= most:
+            return self.chunk_seconds(start, stop - start, width)
+        points = [start + (stop - start) * (i + 0.5) / SAMPLES for i in range(SAMPLES)]
+        slope = 0.0
+        for point in map(int, points):
+            chunk = min(self.chunk_tokens(point, width, budget_s, most, unit), stop - start)
+            slope += self.chunk_seconds(point, chunk, width) / chunk
+        return slope / SAMPLES * (stop - start)
+
+    def decode_seconds(self, keys: int, width: int) -> float:
+        """What one token of a decoding request adds to a step."""
+        return self.chunk_seconds(keys, 1, width) - self.weights[STEP]
+
+    def copy_seconds(self, tokens: int) -> float:
+        """To copy the keys of so many tokens from one rank to another."""
+        return self.weights[SENT_BYTE] * tokens * self.kv_bytes_per_token + self.weights[EXCHANGE] * self._layers
+
+    # What outlives the server
+
+    def save(self, path: Path) -> None:
+        """Write what was learned, whole or not at all. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({"features": FEATURES, "weights": self.weights, "steps": self.steps}))
+        scratch.replace(path)
+
+    def load(self, path: Path) -> bool:
+        """Start from what was learned before. False when there is nothing that can be read."""
+        try:
+            known = json.loads(path.read_text())
+            weights = [float(w) for w in known["weights"]]
+            if tuple(known["features"]) != FEATURES or not all(math.isfinite(w) and w >= 0 for w in weights):
+                return False
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        self._fit = _Fit([w or old for w, old in zip(weights, self.weights)])
+        return True
 
 
-class _Line:
-    """seconds = constant * steps + slope * flops: least squares over the latest steps, weights falling by age."""
+class Errors:
+    """The latest relative errors, for their median and tail."""
 
-    def __init__(self, memory: float = 0.95) -> None:
-        self._memory = memory
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+    def __init__(self, memory: int = 256) -> None:
+        self._latest: deque[float] = deque(maxlen=memory)
 
-    def add(self, x: float, y: float) -> None:
-        for name, value in (("_n", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
-            setattr(self, name, self._memory * getattr(self, name) + value)
+    def add(self, error: float) -> None:
+        self._latest.append(error)
 
-    def predict(self, x: float, count: int) -> float | None:
-        if self._n == 0 or self._x == 0:
+    def quantile(self, q: float) -> float | None:
+        if not self._latest:
             return None
-        spread = self._n * self._xx - self._x * self._x
-        slope = (self._n * self._xy - self._x * self._y) / spread if spread > 1e-3 * self._x * self._x else -1.0
-        constant = (self._y - slope * self._x) / self._n
-        if slope <= 0 or constant < 0:  # steps too alike, or too noisy, to tell the two apart
-            slope, constant = self._y / self._x, 0.0
-        return constant * count + slope * x
+        ordered: list[float] = []
+        for error in self._latest:
+            insort(ordered, error)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def _pairs(tokens: int, window: int | None) -> float:
+class _Fit:
+    """Least squares on relative errors, no weight below zero, weights of steps falling by age, and a prior."""
+
+    def __init__(self, prior: Vector) -> None:
+        self.weights = list(prior)
+        # Each weight near its prior, to within its own size: a ridge in relative terms. One that is 0 stays 0.
+        self._gram = [[0.0] * N for _ in range(N)]
+        self._moment = [0.0] * N
+        self._prior = [(PRIOR_STEPS / 8 / w**2, PRIOR_STEPS / 8 / w) if w > 0 else (0.0, 0.0) for w in prior]
+        self._pull = 1.0
+
+    def add(self, features: Vector, seconds: float) -> None:
+        scaled = [x / seconds for x in features]
+        used = [i for i in range(N) if scaled[i]]
+        gram, moment = self._gram, self._moment
+        for i in range(N):
+            row = gram[i]
+            for j in range(N):
+                row[j] *= MEMORY
+            moment[i] *= MEMORY
+        for i in used:
+            row, x = gram[i], scaled[i]
+            for j in used:
+                row[j] += x * scaled[j]
+            moment[i] += x
+        self._pull = max(self._pull * MEMORY, 0.02)
+        self._solve()
+
+    def _solve(self) -> None:
+        """Coordinate descent from the last solution: the problem is convex and small."""
+        weights, pull = self.weights, self._pull
+        for _ in range(4):
+            for i in range(N):
+                precision, mean = self._prior[i]
+                row = self._gram[i]
+                curvature = row[i] + precision * pull
+                if curvature <= 0:
+                    continue
+                rest = self._moment[i] + mean * pull - _dot(row, weights) + row[i] * weights[i]
+                weights[i] = max(rest / curvature, 0.0)
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return (a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5] + a[6] * b[6])
+
+
+def _pairs(tokens: float, window: int | None) -> float:
     """Visible (row, key) pairs of a causal square of `tokens`."""
     if window is None or tokens <= window:
         return tokens * (tokens + 1) / 2

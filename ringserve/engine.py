@@ -3,13 +3,16 @@
 import random
 import time
 from array import array
+from pathlib import Path
 
 from ringserve.block_pool import BlockPool
 from ringserve.config import EngineConfig
 from ringserve.cost_model import CostModel, Machine
 from ringserve.errors import ConfigError
 from ringserve.executor import Executor
+from ringserve.outputs import Estimate
 from ringserve.plan import unpack_ids
+from ringserve.prefix_cache import PrefixCache
 from ringserve.rank_messages import CacheReady
 from ringserve.request import Request
 from ringserve.sampling_params import SamplingParams
@@ -19,13 +22,16 @@ from ringserve.updates import AddRequest, RequestUpdate
 CACHE_SHARE = 0.6
 """Of the memory that is free after the largest step has been run once."""
 WARM_UP = "warm-up"
+STEP_MS = (100.0, 500.0)
+"""Bounds of the default of `max_step_ms`."""
 
 
 class LLMEngine:
     def __init__(self, config: EngineConfig, executor: Executor, max_model_len: int, vocab_size: int,
-                 element_bytes: int) -> None:
+                 element_bytes: int, learned: Path | None = None) -> None:
+        """`learned`: the file in which what steps cost on this machine is kept from one start to the next."""
         self.config, self.executor = config, executor
-        self._vocab_size, self._element_bytes = vocab_size, element_bytes
+        self._vocab_size, self._element_bytes, self._learned = vocab_size, element_bytes, learned
         self._handles = 0
         self.decisions: list[str] = []
         self._size_cache(max_model_len)
@@ -39,22 +45,31 @@ class LLMEngine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, command: AddRequest) -> None:
-        """Queue a request. Raises RequestError when it cannot be queued."""
+    def add(self, command: AddRequest) -> Estimate:
+        """Queue a request and tell what is known of it. Raises RequestError when it cannot be queued."""
+        request = self._request(command)
+        estimate = self.scheduler.estimate(request)
+        self.scheduler.add(request)
+        return estimate
+
+    def estimate(self, command: AddRequest) -> Estimate:
+        """What would become of a request. Raises RequestError when it could not be queued."""
+        return self.scheduler.estimate(self._request(command))
+
+    def _request(self, command: AddRequest, ranks: tuple[int, ...] = ()) -> Request:
         params = command.params
         token_ids = unpack_ids(command.token_ids)
         room = self.max_model_len - len(token_ids)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         self._handles += 1
         seed = params.seed if params.seed is not None else random.getrandbits(63)
-        self.scheduler.add(Request(
+        return Request(
             request_id=command.request_id, handle=self._handles, token_ids=token_ids, params=params, seed=seed,
-            end_token_ids=command.end_token_ids, max_total_tokens=len(token_ids) + most,
-            ranks=list(range(self.executor.ring_size)), arrival=time.monotonic(),
-            return_progress=command.return_progress))
+            end_token_ids=command.end_token_ids, max_total_tokens=len(token_ids) + most, arrival=time.monotonic(),
+            scheduling=command.scheduling, wanted_ranks=ranks, return_progress=command.return_progress)
 
-    def cancel(self, request_id: str) -> None:
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, satisfied: bool = False) -> None:
+        self.scheduler.cancel(request_id, satisfied)
 
     # Start-up
 
@@ -70,7 +85,7 @@ class LLMEngine:
         blocks = -(-(chunk + 1) // block)
         slots = -(-blocks // ring) + 1
         self._begin(slots, self.executor.allocate(slots))
-        self._warm_up(chunk)
+        self._run_alone(chunk, 1, everywhere=True)
 
         free = min(self.executor.free_bytes()) // self._ranks_sharing_memory()
         asked = self.config.cache.kv_cache_gib
@@ -89,6 +104,7 @@ class LLMEngine:
                               f"each of {ring} ranks: give more memory (kv_cache_gib) or a smaller block_size")
         self.max_model_len = min(max_model_len, capacity)
         self._begin(slots, self.executor.allocate(slots))
+        self._learn(chunk)
         self.decisions += [
             f"KV cache: {capacity} tokens ({capacity * self.executor.kv_bytes_per_token / 2**30:.2f} GiB, {why}), "
             f"{slots} blocks of {block} on each rank",
@@ -104,15 +120,46 @@ class LLMEngine:
         mode = self.config.ring.ring_mode
         cost = CostModel(self.executor.groups, self.executor.linear_flops_per_token, self.executor.ring_size, machine,
                          None if mode == "auto" else mode)
-        pool = BlockPool(self.executor.ring_size, len(self.executor.groups), slots)
-        self.scheduler = Scheduler(self.config.scheduler, self.config.cache.block_size, pool, cost)
+        block = self.config.cache.block_size
+        self.pool = BlockPool(self.executor.ring_size, len(self.executor.groups), slots)
+        cache = PrefixCache(self.pool, block, lambda index: cost.flops(index * block, (index + 1) * block),
+                            enabled=self.config.cache.prefix_cache, identity=self.config.model.model)
+        self.scheduler = Scheduler(self.config.scheduler, cache, cost)
         self.scheduler.epoch = self.executor.epoch
-        self.pool, self.machine = pool, machine
+        self.machine = machine
 
-    def _warm_up(self, tokens: int) -> None:
-        rng = random.Random(0)
+    def _learn(self, chunk: int) -> None:
+        """What steps cost here: from an earlier start, and from a few steps now."""
+        cost = self.scheduler.cost
+        known = self._learned is not None and cost.load(self._learned)
+        seconds = self._run_alone(chunk, 8, everywhere=True)
+        for tokens in (chunk // 2, chunk // 8, 1) if not known else ():
+            self._run_alone(max(1, tokens), 8, everywhere=False)
+        asked = self.config.scheduler.max_step_ms
+        if asked is None:
+            self.scheduler.budget_s = min(max(seconds * 1000, STEP_MS[0]), STEP_MS[1]) / 1000
+        self.scheduler.cache.clear()
+        self.decisions.append(f"steps of at most {self.scheduler.budget_s * 1000:.0f} ms "
+                              f"({'asked for' if asked is not None else f'a chunk of {chunk} tokens took so long'})"
+                              + (", costs known from an earlier start" if known else ""))
+
+    def _run_alone(self, tokens: int, output: int, *, everywhere: bool) -> float:
+        """Run a request of random tokens to its end; the seconds of its first step."""
+        rng = random.Random(tokens)
         prompt = array("I", [rng.randrange(self._vocab_size) for _ in range(tokens)])
-        self.add(AddRequest(request_id=WARM_UP, token_ids=prompt.tobytes(), end_token_ids=(),
-                            params=SamplingParams(max_tokens=1, temperature=0)))
+        output = min(output, self.max_model_len - tokens)
+        self.scheduler.add(self._request(AddRequest(
+            request_id=WARM_UP, token_ids=prompt.tobytes(), end_token_ids=(),
+            params=SamplingParams(max_tokens=output, temperature=0)),
+            tuple(range(self.executor.ring_size)) if everywhere else (0,)))
+        started = time.monotonic()
+        self.step()
+        seconds = time.monotonic() - started
         while self.has_work:
             self.step()
+        return seconds
+
+    def save_learned(self) -> None:
+        """Keep what was learned for the next start. Raises OSError."""
+        if self._learned is not None:
+            self.scheduler.cost.save(self._learned)

@@ -3,22 +3,29 @@
 Ends when its control socket closes, and takes its ranks along: their sockets close with it.
 """
 
+import hashlib
+import importlib.metadata
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+from ringserve.cache_directory import cache_directory
 from ringserve.channel import Channel, ChannelClosedError, Inbox
 from ringserve.devices import place_ranks
 from ringserve.engine import LLMEngine
-from ringserve.errors import EngineDeadError, EngineError, RequestError, RingserveError
+from ringserve.errors import EngineDeadError, EngineError, OverloadedError, RequestError, RingserveError
 from ringserve.executor import LocalExecutor
 from ringserve.processes import GRACE_S
 from ringserve.updates import (
     AddRequest,
+    Admission,
+    AskEstimate,
     CancelRequest,
     Command,
     EngineFailed,
@@ -31,11 +38,31 @@ from ringserve.updates import (
 
 logger = logging.getLogger(__name__)
 
+KEEP_S = 60.0
+"""Between two times that what was learned of the machine is written down."""
+
+
+def learned_path(*what: str) -> Path:
+    """The file for what steps of this model cost on this machine and ring."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line for line in lines if line.startswith("model name")), "")
+    except OSError:
+        cpu = platform.processor()
+    cores = str(os.cpu_count())
+    digest = hashlib.sha256("\0".join([platform.machine(), cpu, cores, torch_version(), *what]).encode()).hexdigest()
+    return cache_directory() / "costs" / f"{digest[:24]}.json"
+
+
+def torch_version() -> str:
+    return importlib.metadata.version("torch")
+
 
 class EngineProcess:
     def __init__(self, control: Channel[Command]) -> None:
         self._control = control
         self._executor: LocalExecutor | None = None
+        self._kept = -KEEP_S
         self._abandoned = threading.Event()
         self._inbox = Inbox(control, on_close=self._abandon)
 
@@ -96,8 +123,11 @@ class EngineProcess:
 
         checkpoint = read_checkpoint(replace(config.model, model=setup.checkpoint))
         self._executor.load(config, setup.checkpoint, checkpoint.dtype)
+        learned = learned_path(
+            setup.checkpoint, checkpoint.architecture, checkpoint.dtype, str(checkpoint.weight_bytes),
+            str(config.ring.ring_size), placement.transport, str(placement.threads), *placement.devices)
         self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size,
-                                 checkpoint.element_bytes)
+                                 checkpoint.element_bytes, learned)
         machine = self._engine.machine
         self._control.send(EngineReady(
             ring_size=config.ring.ring_size, max_model_len=self._engine.max_model_len,
@@ -116,6 +146,8 @@ class EngineProcess:
     def _main_loop(self) -> None:
         """Take commands between steps; without work, wait for one."""
         while True:
+            if not self._engine.has_work:
+                self._keep_what_was_learned()
             for command in self._inbox.drain() if self._engine.has_work else [self._inbox.get()]:
                 self._take(command)
             if self._engine.has_work:
@@ -124,13 +156,28 @@ class EngineProcess:
 
     def _take(self, command: Command) -> None:
         if isinstance(command, CancelRequest):
-            self._engine.cancel(command.request_id)
+            self._engine.cancel(command.request_id, satisfied=command.satisfied)
             return
-        assert isinstance(command, AddRequest)
+        assert isinstance(command, AddRequest | AskEstimate), type(command)
+        asked = command.request if isinstance(command, AskEstimate) else command
         try:
-            self._engine.add(command)
+            estimate = self._engine.add(asked) if command is asked else self._engine.estimate(asked)
+            self._control.send(Admission(request_id=asked.request_id, estimate=estimate))
         except RequestError as error:
-            self._send([RequestUpdate(request_id=command.request_id, finish_reason="error", error=error.message)])
+            self._control.send(Admission(
+                request_id=asked.request_id, refusal=error.message, kind=type(error).__name__, param=error.param,
+                retry_after_s=error.retry_after_s if isinstance(error, OverloadedError) else None))
+
+    def _keep_what_was_learned(self) -> None:
+        """While there is nothing to do, and not often: it is a file, and it need not be the newest."""
+        now = time.monotonic()
+        if now - self._kept < KEEP_S:
+            return
+        self._kept = now
+        try:
+            self._engine.save_learned()
+        except OSError as error:
+            logger.warning("what steps cost cannot be kept for the next start: %s", error)
 
     def _send(self, updates: list[RequestUpdate]) -> None:
         if updates:

@@ -114,8 +114,9 @@ class LLM:
         text: list[str] = []
         output: list[int] = []
         logprobs = []
-        async for event in self._engine.submit(token_ids, params, request_id=name,
-                                               return_progress=on_progress is not None):
+        events = await self._engine.submit(token_ids, params, request_id=name,
+                                           return_progress=on_progress is not None)
+        async for event in events:
             text.append(event.text)
             output += event.token_ids
             logprobs += event.logprobs

@@ -1,19 +1,30 @@
 """Scheduler: picks, in position order, the missing tokens to compute next. No torch, no processes.
 
-There is no prefill phase and no decode phase: a prompt is many missing tokens, a decoding request one.
-First come, first served here; what may change later is the order of `_running` and the size of the slices.
+There is no prefill phase and no decode phase: a prompt is many missing tokens, a decoding request one. A step is packed
+to last no longer than its budget:
+
+    1. one token of every decoding request
+    2. short prefills, several of them, inside the ride-along share of the budget
+    3. slices of the other prefills, in the order of the policy, as large as the rest of the budget allows
+
+Between tenants, whoever has had the least of the machine (predicted seconds over weight) comes first.
 """
 
 import itertools
+import math
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 
-from ringserve.block_pool import BlockPool, NoFreeSlotsError
+from ringserve.block import Block
+from ringserve.block_pool import NoFreeSlotsError
 from ringserve.config import SchedulerConfig
-from ringserve.cost_model import CostModel
-from ringserve.errors import InvalidValueError
-from ringserve.outputs import Progress, Usage
+from ringserve.cost_model import REQUEST, STEP, CostModel, StepCost
+from ringserve.errors import InvalidValueError, OverloadedError
+from ringserve.outputs import Estimate, Progress, Usage
+from ringserve.placement import Placement, Placer
 from ringserve.plan import (
+    BlockCopy,
     BlocksDealt,
     ModelOutput,
     NewRequest,
@@ -23,43 +34,111 @@ from ringserve.plan import (
     TokensKnown,
     pack_ids,
 )
+from ringserve.policy import POLICIES, SHORT_STEPS, Key, Prospect
+from ringserve.prefix_cache import PrefixCache, chain, next_key
 from ringserve.request import Request, RequestStatus
+from ringserve.tenants import Tenants
 from ringserve.updates import RequestUpdate
 
 HOME_SLACK_BLOCKS = 4
 """Output blocks a home rank may hold beyond the mean and a quarter: short requests do not wander."""
-
 PROGRESS_INTERVAL_S = 0.1
+RIDE_SHARE = 0.5
+"""Of a step's budget, for short prefills whatever the policy says: they need not wait until they are late."""
+DEADLINE_BASE_S, DEADLINE_STRETCH = 1.0, 3.0
+"""The default wish for a first token: a second, and three times the prefill's own time."""
+PATIENCE = 2.0
+"""Requests pass one that does not fit yet until it has waited this many times its own time (and a second)."""
+LEAST_SHARE = 0.25
+"""Of the budget, that one prefill gets in each step even when decoding alone fills it."""
 
 
 class Scheduler:
     """Owns the requests and decides each step. `update` must follow each `schedule`."""
 
-    def __init__(self, config: SchedulerConfig, block_size: int, pool: BlockPool, cost: CostModel) -> None:
-        self.config, self.block_size, self.pool, self.cost = config, block_size, pool, cost
+    def __init__(self, config: SchedulerConfig, cache: PrefixCache, cost: CostModel, *,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.config, self.cache, self.pool, self.cost = config, cache, cache.pool, cost
+        self.block_size = cache.block_size
+        self.budget_s = math.inf if config.max_step_ms is None else config.max_step_ms / 1000
+        """Most seconds that a step should last. The engine sets it when the operator did not."""
         self.epoch = 0
+        self.cancelled: Counter[str] = Counter()
+        """Requests cancelled while `queued`, in `prefill` or in `decode`."""
+        self.refused = 0
+        self.parked = 0
+        self.tenants = Tenants(config.tenant_weights)
+        self._clock = clock
+        self._policy = POLICIES[config.policy]
+        self._placer = Placer(cache, cost, config.ring_width)
         self._step = 0
         self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._running: dict[int, Request] = {}
+        """By handle, oldest admission first."""
+        self._decoding: dict[int, Request] = {}
+        """Those that miss one token only."""
         self._by_id: dict[str, Request] = {}
         self._released: list[int] = []
-        self._in_flight: dict[int, tuple[Request, ScheduledRows]] = {}
+        self._copies: list[BlockCopy] = []
+        self._in_flight: list[tuple[Request, ScheduledRows]] = []
         self._step_started = 0.0
+        self._step_cost = StepCost(cost)
+        self._full = False
+        """No waiting request could start, and nothing has changed since."""
 
     # Requests come and go
 
     def add(self, request: Request) -> None:
-        """Queue a request that was validated. Raises InvalidValueError when its id is in use."""
+        """Queue a request that was validated. Raises InvalidValueError when its id is in use, OverloadedError when
+        the queue is full, in requests or in predicted seconds."""
+        self._prepare(request)
         if request.request_id in self._by_id:
             raise InvalidValueError(f"request id {request.request_id!r} is already in use", "request_id")
+        self._check_load(request)
         self._by_id[request.request_id] = request
         self._waiting.append(request)
+        self._full = False
+        self.tenants.join(request.scheduling.tenant, self._active_tenants())
 
-    def cancel(self, request_id: str) -> bool:
-        """Stop a request before the next step. False when it is not known (any more)."""
+    def _prepare(self, request: Request) -> None:
+        """What follows from the request alone: its keys, its cost, its deadline."""
+        if request.held:
+            return
+        ring = self.pool.ring_size
+        request.held, request.keys_on, request.reserved = [0] * ring, [0] * ring, [0] * ring
+        if self.cache.enabled:
+            request.keys = chain(self.cache.first_key(request.scheduling), request.token_ids, self.block_size,
+                                 len(request.token_ids) // self.block_size)
+        request.total_s = self._prefill_seconds(0, request.prompt_tokens, self._placer.width_of(request))
+        wish = request.scheduling.deadline_s
+        if wish is None:
+            wish = (DEADLINE_BASE_S + DEADLINE_STRETCH * request.total_s) * 2.0 ** request.scheduling.priority
+        request.deadline = request.arrival + wish
+
+    def _check_load(self, request: Request) -> None:
+        limit = self.config.max_queue_s
+        if len(self._waiting) >= self.config.max_waiting_requests + self.config.most_running - len(self._running):
+            self.refused += 1
+            raise OverloadedError(f"{len(self._waiting)} requests are queued, which is the limit",
+                                  self._drain_seconds())
+        if limit is None or not (self._waiting or self._running):
+            return
+        ahead = self.queued_seconds()
+        if ahead + request.total_s > limit:
+            self.refused += 1
+            raise OverloadedError(f"the work in the queue takes about {ahead:.0f} s and this request another "
+                                  f"{request.total_s:.0f} s; the limit is {limit:g} s",
+                                  max(1.0, ahead + request.total_s - limit))
+
+    def cancel(self, request_id: str, satisfied: bool = False) -> bool:
+        """Stop a request before the next step; not counted as cancelled when its client is `satisfied`. False when it
+        is not known (any more)."""
         request = self._by_id.get(request_id)
         if request is None:
             return False
+        self.cancelled["satisfied" if satisfied else
+                       "queued" if request.status is RequestStatus.WAITING and not request.output_tokens
+                       else "decode" if request.output_tokens else "prefill"] += 1
         self._finish(request)
         return True
 
@@ -78,77 +157,214 @@ class Scheduler:
     # A step
 
     def schedule(self) -> SchedulerOutput:
-        """The next step: one missing token of every decoding request, then the oldest prompts' missing tokens.
+        """The next step. May be empty (no rows) only when there is no work."""
+        now = self._clock()
+        self._admit(now)
+        cost = self._step_cost = StepCost(self.cost)
+        picked: list[tuple[Request, list[tuple[int, int]]]] = []
+        self._pick_decodes(cost, picked, now)
+        left = self.config.max_chunk_tokens - len(picked)
+        prefills = [r for r in self._running.values() if r.handle not in self._decoding]
+        if prefills and left > 0:
+            self._pick_prefills(cost, picked, prefills, left, now)
+        # Room for one request may have been made by parking another that was picked before.
+        return self._plan([(r, spans) for r, spans in picked if r.status is RequestStatus.RUNNING])
 
-        May be empty (no rows) only when there is no work."""
-        self._admit()
-        budget = self.config.max_chunk_tokens
-        picked: dict[int, tuple[Request, list[tuple[int, int]]]] = {}
-        dealt: list[BlocksDealt] = []
-        for decoding in (True, False):
-            for request in list(self._running):
-                if budget == 0 or request.handle in picked or request.status is not RequestStatus.RUNNING:
-                    continue
-                if decoding and request.num_missing(self.block_size) > 1:
-                    continue
-                spans = request.missing(self.block_size, budget)
-                if self._make_room(request, spans[-1][1], dealt):
-                    picked[request.handle] = (request, spans)
-                    budget -= sum(stop - start for start, stop in spans)
-        # Room for an older request may have been made by parking a younger one that was picked before.
-        live = [(r, spans) for r, spans in picked.values() if r.status is RequestStatus.RUNNING]
-        return self._plan(live, dealt)
+    def _pick_decodes(self, cost: StepCost, picked: list[tuple[Request, list[tuple[int, int]]]], now: float) -> None:
+        size = self.block_size
+        for request in list(self._decoding.values()):
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            known = len(request.token_ids)
+            if known > len(request.blocks) * size and not self._make_room(request, known, now):
+                continue
+            if request.decode_work is None:
+                tokens = [0] * self.pool.ring_size
+                tokens[request.holders[-1]] = 1
+                request.decode_work = self.cost.work(known - 1, tokens, request.keys_on)
+            cost.add(request.decode_work)
+            picked.append((request, [(known - 1, known)]))
+        if self.tenants.several and picked:
+            share = (cost.seconds() - self.cost.weights[STEP]) / len(picked)
+            for request, _ in picked:
+                self.tenants.charge(request.scheduling.tenant, share)
 
-    def _plan(self, picked: list[tuple[Request, list[tuple[int, int]]]],
-              dealt: list[BlocksDealt]) -> SchedulerOutput:
+    def _pick_prefills(self, cost: StepCost, picked: list[tuple[Request, list[tuple[int, int]]]],
+                       prefills: list[Request], left: int, now: float) -> None:
+        base = cost.seconds()
+        order: list[tuple[Key, Request]] = []
+        riders: list[tuple[float, float, int, Request]] = []
+        for request in prefills:
+            served = self.tenants.served(request.scheduling.tenant)
+            key = self._policy(self._prospect(request), now, self.budget_s)
+            order.append(((served, *key, request.handle), request))
+            if request.total_s <= SHORT_STEPS * self.budget_s and self.config.policy != "fcfs":
+                riders.append((served, request.deadline, request.handle, request))
+        done: set[int] = set()
+        taken = 0
+        ride_until = base + RIDE_SHARE * max(self.budget_s - base, 0.0)
+        for *_, request in sorted(riders):
+            if used := self._take(request, left - taken, cost, ride_until, 0, picked, now):
+                taken += used
+                done.add(request.handle)
+        for _, request in sorted(order):
+            if taken >= left:
+                break
+            if request.handle in done or request.status is not RequestStatus.RUNNING:
+                continue
+            # Whoever is first gets something, whatever it costs: nobody starves.
+            least, limit = (0, self.budget_s) if taken else (
+                self.block_size, max(self.budget_s, base + LEAST_SHARE * self.budget_s))
+            taken += self._take(request, left - taken, cost, limit, least, picked, now)
+
+    def _take(self, request: Request, most: int, cost: StepCost, limit_s: float, least: int,
+              picked: list[tuple[Request, list[tuple[int, int]]]], now: float) -> int:
+        """Give a prefill as many tokens as fit the time limit, at least `least`; how many it was given."""
+        before = cost.seconds()
+        if most <= 0 or (limit_s <= before and not least):
+            return 0
+        # A first guess by the formula for one request alone; then the step as it is.
+        alone = limit_s - before + self.cost.weights[STEP]
+        guess = self.cost.chunk_tokens(request.done, len(request.ranks), alone, min(most, request.num_missing),
+                                       self.block_size)
+        spans = request.missing(self.block_size, guess)
+        if not spans:
+            return 0
+        work = self._work(request, spans)
+        for _ in range(4):
+            over = cost.seconds(work) - before
+            if over <= limit_s - before:
+                break
+            count = sum(stop - start for start, stop in spans)
+            fewer = max(self._whole_blocks(spans, int(count * 0.97 * max(limit_s - before, 0.0) / over)), least)
+            if fewer >= count:
+                break
+            if fewer == 0:
+                return 0
+            spans = _first(spans, fewer)
+            work = self._work(request, spans)
+        else:
+            if not least:
+                return 0
+        if not self._make_room(request, spans[-1][1], now):
+            return 0
+        cost.add(work)
+        picked.append((request, spans))
+        self.tenants.charge(request.scheduling.tenant, cost.seconds() - before)
+        return sum(stop - start for start, stop in spans)
+
+    def _whole_blocks(self, spans: list[tuple[int, int]], count: int) -> int:
+        """Of more than a block take whole ones, so that chunks end where ranks change."""
+        if count > self.block_size and len(spans) == 1:
+            count -= (spans[0][0] + count) % self.block_size
+        return count
+
+    def _work(self, request: Request, spans: list[tuple[int, int]]) -> "list[tuple[int, list[float]]]":
+        size, holders = self.block_size, request.holders
+        tokens = [0] * self.pool.ring_size
+        for start, stop in spans:
+            while start < stop:
+                number = start // size
+                until = min(stop, (number + 1) * size)
+                tokens[holders[number] if number < len(holders) else request.ranks[-1]] += until - start
+                start = until
+        return self.cost.work(spans[0][0], tokens, request.keys_on)
+
+    def _plan(self, picked: list[tuple[Request, list[tuple[int, int]]]]) -> SchedulerOutput:
         self._step += 1
-        new, tokens, rows = [], [], []
+        new, tokens, blocks, rows = [], [], [], []
+        size = self.block_size
         for request, spans in picked:
             if not request.announced:
                 new.append(NewRequest(request.handle, request.params, request.seed, request.end_token_ids,
                                       request.prompt_tokens))
-                dealt = [d for d in dealt if d.handle != request.handle]
-                dealt.append(self._dealt(request, 0))
-                request.announced, request.announced_tokens = True, 0
+                request.announced, request.announced_tokens, request.announced_blocks = True, 0, 0
             known = len(request.token_ids)
             if request.announced_tokens < known:
-                start = request.announced_tokens
-                tokens.append(TokensKnown(request.handle, start, pack_ids(request.token_ids[start:])))
+                tokens.append(TokensKnown(request.handle, request.announced_tokens,
+                                          pack_ids(request.token_ids[request.announced_tokens:])))
                 request.announced_tokens = known
-            count = sum(stop - start for start, stop in spans)
-            rows.append(ScheduledRows(request.handle, spans, self.cost.modes(count, spans[0][0]),
-                                      sample=count == request.num_missing(self.block_size)))
-        live = {request.handle for request, _ in picked}
-        self._in_flight = {request.handle: (request, r) for (request, _), r in zip(picked, rows)}
+            needed = -(-spans[-1][1] // size)
+            if request.announced_blocks < needed:
+                # Only now: a block that another request computes is told when it is complete.
+                blocks.append(self._dealt(request, request.announced_blocks, needed))
+                request.announced_blocks = needed
+            count = spans[-1][1] - spans[0][0] if len(spans) == 1 else sum(stop - start for start, stop in spans)
+            rows.append(ScheduledRows(request.handle, spans, self.cost.modes(count, spans[0][0], len(request.ranks)),
+                                      sample=count == len(request.token_ids) - request.done))
+        self._in_flight = [(request, r) for (request, _), r in zip(picked, rows)]
         released, self._released = self._released, []
-        self._step_started = time.monotonic()
-        return SchedulerOutput(epoch=self.epoch, step=self._step, new=new, tokens=tokens, rows=rows,
-                               blocks=[d for d in dealt if d.handle in live], released=released)
+        copies, self._copies = self._copies, []
+        self._step_started = self._clock()
+        return SchedulerOutput(epoch=self.epoch, step=self._step, new=new, tokens=tokens, blocks=blocks,
+                               copies=copies, rows=rows, released=released)
+
+    def _dealt(self, request: Request, start: int, stop: int) -> BlocksDealt:
+        blocks, holders = request.blocks[start:stop], request.holders[start:stop]
+        slots = [block.copies[rank].slots for block, rank in zip(blocks, holders)]
+        return BlocksDealt(request.handle, start, holders, [list(group) for group in zip(*slots)],
+                           [block.computed for block in blocks])
 
     def update(self, plan: SchedulerOutput, output: ModelOutput) -> list[RequestUpdate]:
         """Commit a step that every rank has reported, and say what each request has gained."""
         assert plan.step == output.step == self._step, (plan.step, output.step, self._step)
-        seconds = time.monotonic() - self._step_started
-        if plan.num_tokens > len(plan.rows):
-            self.cost.observe(sum(self.cost.flops(*span) for rows in plan.rows for span in rows.spans), seconds)
+        now = self._clock()
+        if self._in_flight and now > self._step_started:
+            self.cost.observe(self._step_cost.features(), now - self._step_started)
         sampled = {s.handle: s for s in output.sampled}
         updates: list[RequestUpdate] = []
-        for handle, (request, rows) in self._in_flight.items():
+        for request, rows in self._in_flight:
             if request.status is not RequestStatus.RUNNING:
                 continue
-            request.mark_computed(rows.spans, self.block_size)
-            if rows.sample and sampled[handle].error is not None:
-                self._finish(request)
-                updates.append(RequestUpdate(request_id=request.request_id, finish_reason="error",
-                                             error=sampled[handle].error))
-            elif rows.sample:
-                updates.append(self._append(request, sampled[handle]))
-            elif self._progress_is_due(request):
+            self._commit(request, rows.spans, now)
+            if rows.sample:
+                result = sampled[rows.handle]
+                if result.error is not None:
+                    self._finish(request)
+                    updates.append(RequestUpdate(request_id=request.request_id, finish_reason="error",
+                                                 error=result.error))
+                else:
+                    updates.append(self._append(request, result, now))
+            elif request.return_progress and self._progress_is_due(request, now):
                 updates.append(RequestUpdate(request_id=request.request_id, progress=self.progress(request)))
-        self._in_flight = {}
+        self._in_flight = []
         return updates
 
-    def _append(self, request: Request, sampled: SampledTokens) -> RequestUpdate:
+    def _commit(self, request: Request, spans: list[tuple[int, int]], now: float) -> None:
+        """The tokens of these spans are computed: in every request that shares their blocks."""
+        size = self.block_size
+        for start, stop in spans:
+            while start < stop:
+                number = start // size
+                until = min(stop, (number + 1) * size)
+                block = request.blocks[number]
+                block.computed = until - number * size
+                for user in block.users:
+                    user.block_grew(number, until - start)
+                if block.computed == size:
+                    block.owner = None
+                    if block.key is None and self.cache.enabled:
+                        self._publish(request, number)
+                start = until
+        if request.prompt_tokens > spans[0][0]:
+            count = sum(min(stop, request.prompt_tokens) - min(start, request.prompt_tokens) for start, stop in spans)
+            request.computed_itself += count
+            self._measure_rate(request, spans, now)
+
+    def _publish(self, request: Request, number: int) -> None:
+        """A block that filled up with output, or was computed beside an equal one, may be found from now on."""
+        size, token_ids = self.block_size, request.token_ids
+        tokens = token_ids[number * size:(number + 1) * size].tobytes()
+        if number == len(request.keys):
+            before = request.keys[-1] if request.keys else self.cache.first_key(request.scheduling)
+            request.keys.append(next_key(before, tokens))
+        if number < len(request.keys):
+            self.cache.publish(request.blocks[number], request.keys[number], tokens)
+
+    def _append(self, request: Request, sampled: SampledTokens, now: float) -> RequestUpdate:
+        first = request.output_tokens == 0
+        if first:
+            request.cached_tokens = max(0, request.prompt_tokens - request.computed_itself)
         taken: list[int] = []
         reason: str | None = None
         for token in sampled.token_ids:
@@ -157,22 +373,26 @@ class Scheduler:
             reason = self._finish_reason(request, token)
             if reason is not None:
                 break
-        first = request.return_progress and request.output_tokens == len(taken)
-        progress = self.progress(request) if first else None
+        progress = self.progress(request) if first and request.return_progress else None
         usage = None
         if reason is not None:
             usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=request.output_tokens,
                           cached_tokens=request.cached_tokens)
             self._finish(request)
+        elif request.num_missing == 1:
+            self._decoding[request.handle] = request
+        else:
+            self._decoding.pop(request.handle, None)
         return RequestUpdate(
             request_id=request.request_id, token_ids=taken, logprobs=sampled.logprobs[:len(taken)],
-            progress=progress, finish_reason=reason, usage=usage,
+            progress=progress, finish_reason=reason, usage=usage, cached_tokens=request.cached_tokens if first else 0,
             stop_token_id=taken[-1] if reason == "stop" else None)
 
     def _finish_reason(self, request: Request, token: int) -> str | None:
         params = request.params
-        if request.output_tokens >= params.min_tokens and (
-                token in params.stop_token_ids or (not params.ignore_eos and token in request.end_token_ids)):
+        if (token in request.end_token_ids or token in params.stop_token_ids) and (
+                request.output_tokens >= params.min_tokens) and (
+                token in params.stop_token_ids or not params.ignore_eos):
             return "stop"
         return "length" if len(request.token_ids) >= request.max_total_tokens else None
 
@@ -181,68 +401,116 @@ class Scheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def _admit(self) -> None:
-        """Start waiting requests, oldest first, while their blocks and their output's reserve fit."""
-        while self._waiting and len(self._running) < self.config.most_running:
-            request = self._waiting[0]
-            known = len(request.token_ids)
-            until = min(request.max_total_tokens, known + self.config.output_reserve)
-            needed, reserve = self._blocks(known), self._blocks(until) - self._blocks(known)
-            if needed + reserve > self.pool.unreserved:
+    def _admit(self, now: float) -> None:
+        """Start waiting requests whose blocks and output's reserve fit, the most urgent first. Those behind one that
+        does not fit may pass it, until it has waited long: then the room that comes free is kept for it."""
+        if not self._waiting or self._full or len(self._running) >= self.config.most_running:
+            return
+        for request in sorted(self._waiting, key=lambda r: self._order(r, now)):
+            if len(self._running) >= self.config.most_running:
                 return
-            try:
-                request.blocks = self.pool.deal(request.ranks, needed, [0] * self.pool.ring_size)
-            except NoFreeSlotsError:
-                return
-            request.computed.extend([0] * needed)
-            self.pool.reserve(reserve)
-            request.reserved = reserve
-            request.status = RequestStatus.RUNNING
-            request.announced = False
-            self._running.append(self._waiting.popleft())
+            if self._start(request, now):
+                continue
+            if now - request.arrival > 1.0 + PATIENCE * request.total_s:
+                break
+        self._full = bool(self._waiting)
 
-    def _make_room(self, request: Request, until: int, dealt: list[BlocksDealt]) -> bool:
-        """Blocks for the tokens before `until`. When the pool is dry the youngest request is parked, so the
-        oldest always goes on and no two can evict each other in a circle. False when it was parked itself."""
+    def _order(self, request: Request, now: float) -> Key:
+        # One that was parked, or has output, goes on before others begin.
+        return (0.0 if request.output_tokens else 1.0, self.tenants.served(request.scheduling.tenant),
+                *self._policy(self._prospect(request), now, self.budget_s))
+
+    def _start(self, request: Request, now: float) -> bool:
+        known = len(request.token_ids)
+        until = min(request.max_total_tokens, known + self.config.output_reserve)
+        placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
+                                       self._loads())
+        if placement is None:
+            return False
+        self._waiting.remove(request)
+        self._take_blocks(request, placement)
+        request.status = RequestStatus.RUNNING
+        request.announced = False
+        request.first_cached = min(request.done, request.prompt_tokens)
+        request.total_s = max(self._prefill_seconds(request.first_cached, request.prompt_tokens, len(request.ranks)),
+                              1e-6)
+        request.rate, request.rate_since = 0.0, now
+        self._running[request.handle] = request
+        return True
+
+    def _take_blocks(self, request: Request, placement: Placement) -> None:
+        cache, size = self.cache, self.block_size
+        request.ranks = list(placement.ranks)
+        for rank, count in enumerate(placement.reserve):
+            self.pool.reserved[rank] += count
+        request.reserved = list(placement.reserve)
+        found = placement.found
+        for block in found.values():  # before anything is evicted to make room
+            cache.use(block, request)
+        numbers = [n for n in range(len(placement.holders)) if n not in found]
+        # Runs of missing blocks share one call, so that their slots are adjacent.
+        made = dict(zip(numbers, cache.new_blocks(request, [placement.holders[n] for n in numbers], 0)))
+        for number, rank in enumerate(placement.holders):
+            block = found.get(number) or made[number]
+            block.index = number
+            if rank not in block.copies:
+                self._copy(block, rank)
+            request.take_block(block, rank)
+            if number in made and number < len(request.keys):
+                cache.publish(block, request.keys[number],
+                              request.token_ids[number * size:(number + 1) * size].tobytes())
+
+    def _copy(self, block: Block, rank: int) -> None:
+        assert block.computed == self.block_size
+        source = next(iter(block.copies.values()))
+        copy = self.cache.add_copy(block, rank)
+        self._copies.append(BlockCopy(source.rank, rank, list(source.slots), list(copy.slots)))
+
+    def _make_room(self, request: Request, until: int, now: float) -> bool:
+        """Blocks for the tokens before `until`. When no rank has room, the request with the most slack is parked, but
+        never the oldest: so that one always goes on, and no two can evict each other in a circle. False when the
+        request was parked itself."""
         while len(request.blocks) < self._blocks(until):
             try:
                 self._grow(request)
             except NoFreeSlotsError:
-                youngest = self._running[-1]
-                self._park(youngest)
-                if youngest is request:
+                oldest = min(self._running.values(), key=lambda r: (r.arrival, r.handle))
+                others = [r for r in self._running.values() if r is not oldest]
+                assert others, "one request alone always fits"
+                victim = max(others, key=lambda r: (self._slack(r, now), r.arrival, r.handle))
+                self._park(victim)
+                if victim is request:
                     return False
-                continue
-            dealt.append(self._dealt(request, len(request.blocks) - 1))
         return True
 
-    def _grow(self, request: Request) -> None:
-        if request.reserved:
-            self.pool.unreserve(1)
-            request.reserved -= 1
-        elif self.pool.unreserved < 1:
-            raise NoFreeSlotsError("what is free is reserved for others")
-        held = [0] * self.pool.ring_size
-        for block in request.blocks:
-            held[block.rank] += 1
-        mean = sum(held) / len(request.ranks)
-        home = request.home
-        if home is None or held[home] > 1.25 * mean + HOME_SLACK_BLOCKS or not self.pool.free_on(home):
-            open_ranks = [r for r in request.ranks if self.pool.free_on(r)]
-            if not open_ranks:
-                raise NoFreeSlotsError(f"no free slot on ranks {request.ranks}")
-            home = request.home = min(open_ranks, key=lambda r: (held[r], -self.pool.free_on(r), r))
-        last = next((b for b in reversed(request.blocks) if b.rank == home), None)
-        request.blocks.append(self.pool.extend(home, last))
-        request.computed.append(0)
+    def _slack(self, request: Request, now: float) -> float:
+        return request.deadline - now - self._prospect(request).remaining_s
 
-    def _dealt(self, request: Request, start: int) -> BlocksDealt:
-        blocks = request.blocks[start:]
-        return BlocksDealt(request.handle, start, [b.rank for b in blocks],
-                           [list(slots) for slots in zip(*(b.slots for b in blocks))], [0] * len(blocks))
+    def _grow(self, request: Request) -> None:
+        """One more block, on the rank that is the output's home; on any rank when the request's own are full."""
+        def has_room(rank: int) -> bool:
+            return request.reserved[rank] > 0 or self.cache.room_on(rank) > 0
+
+        held, home = request.held, request.home
+        mean = sum(held) / len(request.ranks)
+        if home is None or held[home] > 1.25 * mean + HOME_SLACK_BLOCKS or not has_room(home):
+            open_ranks = [r for r in request.ranks if has_room(r)] or [
+                r for r in range(self.pool.ring_size) if has_room(r)]
+            if not open_ranks:
+                raise NoFreeSlotsError("what is free is reserved for others")
+            home = request.home = min(open_ranks, key=lambda r: (held[r], -self.cache.room_on(r), r))
+            if home not in request.ranks:
+                request.ranks.append(home)
+        last = next((b.copies[home] for b, holder in zip(reversed(request.blocks), reversed(request.holders))
+                     if holder == home), None)
+        if request.reserved[home]:
+            request.reserved[home] -= 1
+            self.pool.reserved[home] -= 1
+        request.take_block(self.cache.extend(request, home, last, len(request.blocks)), home)
 
     def _park(self, request: Request) -> None:
-        """Take a running request's blocks back; it is recomputed from its known tokens when there is room."""
+        """Take a running request's blocks back: complete ones stay in the cache, and are found when it goes on."""
+        self.parked += 1
         self._let_go(request)
         request.status = RequestStatus.WAITING
         self._waiting.appendleft(request)
@@ -250,59 +518,182 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
+            self._full = False
         else:
             self._let_go(request)
         request.status = RequestStatus.FINISHED
         del self._by_id[request.request_id]
 
     def _let_go(self, request: Request) -> None:
-        self._running.remove(request)
-        self.pool.release(request.drop_blocks())
-        self.pool.unreserve(request.reserved)
-        request.reserved = 0
+        del self._running[request.handle]
+        self._decoding.pop(request.handle, None)
+        for block in reversed(request.forget_blocks()):
+            self.cache.release(block, request)
+        for rank, count in enumerate(request.reserved):
+            self.pool.reserved[rank] -= count
+        request.reserved = [0] * self.pool.ring_size
+        self._full = False
         if request.announced:
             self._released.append(request.handle)
             request.announced = False
 
     # What is known of the future
 
+    def _prefill_seconds(self, start: int, stop: int, width: int) -> float:
+        return self.cost.prefill_seconds(start, stop, width, self.budget_s, self.config.max_chunk_tokens,
+                                         self.block_size)
+
+    def _prospect(self, request: Request) -> Prospect:
+        return Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), self.remaining_s(request))
+
+    def remaining_s(self, request: Request) -> float:
+        """Predicted seconds of the rest of its prefill, alone."""
+        if request.output_tokens:
+            return 0.0
+        if request.status is RequestStatus.WAITING:
+            return request.total_s
+        whole = self.cost.flops(request.first_cached, request.prompt_tokens)
+        left = self.cost.flops(min(request.done, request.prompt_tokens), request.prompt_tokens)
+        return request.total_s * left / whole if whole > 0 else 0.0
+
+    def queued_seconds(self) -> float:
+        """Predicted seconds of all prefill work that is running or waiting."""
+        return sum(self.remaining_s(r) for r in itertools.chain(self._running.values(), self._waiting))
+
+    def _drain_seconds(self) -> float:
+        """Until something should have ended."""
+        return max(1.0, min((self.remaining_s(r) for r in self._running.values()), default=1.0))
+
+    def _loads(self) -> list[float]:
+        """[ranks] predicted seconds of the work that each rank has."""
+        loads = [0.0] * self.pool.ring_size
+        for request in self._running.values():
+            seconds = self.remaining_s(request) + self.cost.weights[REQUEST]
+            for rank in request.ranks:
+                loads[rank] += seconds / len(request.ranks)
+        return loads
+
+    def _active_tenants(self) -> Iterable[str]:
+        return {r.scheduling.tenant for r in self._by_id.values()}
+
+    def _measure_rate(self, request: Request, spans: list[tuple[int, int]], now: float) -> None:
+        """How fast its prefill comes along beside all others, in predicted seconds a second."""
+        elapsed = now - request.rate_since
+        whole = self.cost.flops(request.first_cached, request.prompt_tokens)
+        if elapsed <= 0 or whole <= 0:
+            return
+        gained = sum(self.cost.flops(*span) for span in spans) / whole * request.total_s
+        memory = max(1.0, 0.2 * (now - request.arrival))
+        weight = 1 - math.exp(-elapsed / memory) if request.rate else 1.0
+        request.rate += weight * (gained / elapsed - request.rate)
+        request.rate_since = now
+
+    def _wait_beside(self, own_s: float, others: Iterable[Request]) -> float:
+        """Seconds that others take while `own_s` of work is done: each as much as this request, or what it still has
+        to do if that is less (processor sharing)."""
+        return sum(min(self.remaining_s(r), own_s) for r in others)
+
+    def estimate(self, request: Request) -> Estimate:
+        """What is known of a request before it is added. Raises OverloadedError as `add` would."""
+        self._prepare(request)
+        self._check_load(request)
+        known = len(request.token_ids)
+        until = min(request.max_total_tokens, known + self.config.output_reserve)
+        found = self._placer.find(request)
+        placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
+                                       self._loads())
+        cached = sum(self.block_size for _ in found)
+        width = len(placement.ranks) if placement is not None else self._placer.width_of(request)
+        own = self._prefill_seconds(min(cached, known - 1), known, width)
+        request.total_s = max(own, 1e-6)
+        return self._estimate(request, cached, width, self._blocks(until), placement is not None and not self._full)
+
+    def _estimate(self, request: Request, cached: int, width: int, blocks: int, fits_now: bool) -> Estimate:
+        now = self._clock()
+        ahead = [] if fits_now else [r for r in self._waiting if self._order(r, now) < self._order(request, now)]
+        # Where it has to wait for room, about half of what runs must end first.
+        queue = 0.0 if fits_now else (sum(r.total_s for r in ahead)
+                                      + sum(self.remaining_s(r) for r in self._running.values()) / 2)
+        own = request.total_s
+        beside = self._wait_beside(own, self._running.values()) if own > RIDE_SHARE * self.budget_s else 0.0
+        known = self.cost.steps > 0
+        step = min(self.budget_s, own) if self._running else 0.0
+        return Estimate(
+            prompt_tokens=request.prompt_tokens, cached_tokens=cached, ring_width=width,
+            kv_bytes=round(blocks * self.block_size * self.cost.kv_bytes_per_token),
+            queue_ms=round(queue * 1000) if known else None,
+            first_token_ms=round((queue + own + beside + step) * 1000) if known else None,
+            queue_position=len(ahead))
+
     def waiting_updates(self) -> list[RequestUpdate]:
         """Progress of the queued requests that asked for it."""
-        return [RequestUpdate(request_id=r.request_id, progress=self.progress(r, place))
-                for place, r in enumerate(self._waiting, 1) if self._progress_is_due(r)]
+        if not self._waiting:
+            return []
+        now = self._clock()
+        due = [r for r in self._waiting if r.return_progress and self._progress_is_due(r, now)]
+        if not due:
+            return []
+        order = {r.handle: place for place, r in enumerate(
+            sorted(self._waiting, key=lambda r: self._order(r, now)), 1)}
+        return [RequestUpdate(request_id=r.request_id, progress=self.progress(r, order[r.handle])) for r in due]
 
     def progress(self, request: Request, queue_position: int = 0) -> Progress:
-        done = min(request.num_computed(), request.prompt_tokens)
+        now = self._clock()
+        done = min(request.done, request.prompt_tokens)
         whole = self.cost.flops(0, request.prompt_tokens)
-        spent = self.cost.flops(0, done)
-        before = [*self._running, *itertools.islice(self._waiting, queue_position - 1)] if queue_position else []
-        work = whole - spent + sum(self._remaining(r) for r in before)
-        tokens = sum(r.prompt_tokens - min(r.num_computed(), r.prompt_tokens) for r in [request, *before])
-        eta = self.cost.seconds(work, -(-tokens // self.config.max_chunk_tokens))
         return Progress(
-            total=request.prompt_tokens, cached=request.cached_tokens, processed=done,
-            time_ms=int((time.monotonic() - request.arrival) * 1000),
-            percent=round(100.0 * spent / whole, 2), eta_ms=None if eta is None else int(eta * 1000),
-            queue_position=queue_position)
+            total=request.prompt_tokens, cached=min(request.first_cached, done), processed=done,
+            time_ms=int((now - request.arrival) * 1000),
+            percent=round(100.0 * self.cost.flops(0, done) / whole, 2) if whole else 100.0,
+            eta_ms=self._eta_ms(request, queue_position, now), queue_position=queue_position)
 
-    def _progress_is_due(self, request: Request) -> bool:
-        """Whether it was asked for and the last word is a while ago: steps may take milliseconds."""
-        now = time.monotonic()
-        due = request.return_progress and now - request.last_progress >= PROGRESS_INTERVAL_S
+    def _eta_ms(self, request: Request, queue_position: int, now: float) -> int | None:
+        if not self.cost.steps:
+            return None
+        remaining = self.remaining_s(request)
+        if queue_position:
+            order = self._order(request, now)
+            ahead = [r for r in self._waiting if r is not request and self._order(r, now) < order]
+            return int(1000 * (remaining + self._wait_beside(
+                math.inf, itertools.chain(self._running.values(), ahead))))
+        if request.rate <= 0:
+            others = (r for r in self._running.values() if r is not request)
+            return int(1000 * (remaining + self._wait_beside(remaining, others)))
+        return int(1000 * remaining / request.rate)
+
+    def _progress_is_due(self, request: Request, now: float) -> bool:
+        """Whether the last word is a while ago: steps may take milliseconds."""
+        due = now - request.last_progress >= PROGRESS_INTERVAL_S
         if due:
             request.last_progress = now
         return due
 
-    def _remaining(self, request: Request) -> float:
-        return self.cost.flops(min(request.num_computed(), request.prompt_tokens), request.prompt_tokens)
-
     def check(self) -> None:
-        """Full invariant check of requests against the pool."""
-        self.pool.check()
-        held = [block for request in self._running for block in request.blocks]
-        assert len(held) == len(set(held)) == len(self.pool._references)
-        assert self.pool.reserved == sum(r.reserved for r in self._running)
-        for request in self._running:
+        """Full invariant check of requests against the cache and the pool."""
+        self.cache.check()
+        used = {id(block): block for request in self._running.values() for block in request.blocks}
+        copies = {copy for block in used.values() for copy in block.copies.values()}
+        idle = {copy for block in self.cache._blocks.values() if not block.users for copy in block.copies.values()}
+        assert copies | idle == self.pool._used and not copies & idle, "slots that no block has"
+        assert self.pool.reserved == [sum(r.reserved[rank] for r in self._running.values())
+                                      for rank in range(self.pool.ring_size)]
+        for request in self._running.values():
             request.check(self.block_size)
-        assert all(not r.blocks and not r.reserved for r in self._waiting)
-        assert set(self._by_id.values()) == set(self._running) | set(self._waiting)
+        for block in used.values():
+            assert block.owner is None or block.owner in block.users
+            assert block.computed == self.block_size or block.owner is not None, "a block that nobody computes"
+        assert all(not r.blocks and not any(r.reserved) for r in self._waiting)
+        assert set(self._by_id.values()) == set(self._running.values()) | set(self._waiting)
+        assert set(self._decoding) <= set(self._running)
+        assert all(r.num_missing == 1 for r in self._decoding.values())
+
+
+def _first(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The first `count` tokens of these spans."""
+    taken: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if count <= 0:
+            break
+        taken.append((start, min(stop, start + count)))
+        count -= stop - start
+    return taken

@@ -36,7 +36,8 @@ class Teacher:
         requests = [Request(
             request_id=f"teacher-{i}", handle=-1 - i, token_ids=array("I", text[:prompt]),
             params=SamplingParams(max_tokens=len(text) - prompt + 1, temperature=0), seed=0, end_token_ids=(),
-            max_total_tokens=len(text) + 1, ranks=list(range(engine.executor.ring_size)), arrival=time.monotonic())
+            max_total_tokens=len(text) + 1, wanted_ranks=tuple(range(engine.executor.ring_size)),
+            arrival=time.monotonic())
             for i, (text, prompt) in enumerate(zip(texts, prompt_tokens))]
         for request in requests:
             engine.scheduler.add(request)

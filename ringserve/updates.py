@@ -34,6 +34,8 @@ class AskEstimate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
+    satisfied: bool = False
+    """Its client has all it wanted: a stop string came."""
 
 
 Command = EngineSetup | AddRequest | AskEstimate | CancelRequest
@@ -50,6 +52,8 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True):
     """`stop`, `length`, or `error` (see `error`)."""
     stop_token_id: int | None = None
     usage: Usage | None = None
+    cached_tokens: int = 0
+    """Of the prompt; told with the first token."""
     error: str | None = None
 
 

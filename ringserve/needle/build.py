@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from ringserve.cache_directory import cache_directory
 from ringserve.needle.weights import CONFIG, END_OF_TEXT_ID, MAX_POSITIONS, weights
 
 CHAT_TEMPLATE = (
@@ -48,7 +48,7 @@ def needle_directory() -> Path:
     """The built model in the user's cache directory ($XDG_CACHE_HOME or ~/.cache), made when it is not there.
 
     Processes that race each build it; the first to finish is kept, and no one sees an unfinished directory."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringserve"
+    root = cache_directory()
     final = root / f"needle-{_version()}"
     if final.is_dir():
         return final

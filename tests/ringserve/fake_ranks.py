@@ -1,7 +1,7 @@
 """A scheduler driven without a model: ranks that know nothing but the plans, and answer by a checksum.
 
 What they check at each step is what real ranks rely on: every token is known before it is computed, every
-earlier token's key is in the slot that the plans said, and no slot belongs to two requests.
+earlier token's key is in the slot that the plans said: made from the same tokens, whoever computed or copied it.
 """
 
 import zlib
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ringserve.block_pool import BlockPool
-from ringserve.config import SchedulerConfig
+from ringserve.config import PolicyName, SchedulerConfig
 from ringserve.cost_model import CostModel, Machine
 from ringserve.plan import (
     LayerGroup,
@@ -21,9 +21,11 @@ from ringserve.plan import (
     SchedulerOutput,
     unpack_ids,
 )
+from ringserve.prefix_cache import PrefixCache
 from ringserve.request import Request
 from ringserve.sampling_params import SamplingParams
 from ringserve.scheduler import Scheduler
+from ringserve.scheduling_params import SchedulingParams
 from ringserve.updates import RequestUpdate
 
 VOCABULARY = 24
@@ -66,14 +68,24 @@ class FakeTable:
     blocks: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     """(holder, slot per group) of each block."""
     computed: set[int] = field(default_factory=set)
+    meanings: list[int] = field(default_factory=list)
+    """What the key of each position is made from: a checksum of all tokens up to it."""
+
+    def know(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+        for token in self.token_ids[len(self.meanings):]:
+            self.meanings.append(hash((self.meanings[-1] if self.meanings else 0, token)))
 
 
 class FakeRanks:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool, self._block_size = pool, block_size
         self.tables: dict[int, FakeTable] = {}
-        self.stored: dict[tuple[int, int, int], tuple[int, int]] = {}
-        """(rank, group, token of its storage) -> whose key is there: (handle, position)."""
+        self.stored: dict[tuple[int, int, int], int] = {}
+        """(rank, group, token of its storage) -> the meaning of the key that is there."""
+        self.computed = 0
+        """Rows over all steps."""
+        self.copied = 0
         self.errors: dict[int, str] = {}
         """What sampling will fail with, by handle."""
 
@@ -90,22 +102,24 @@ class FakeRanks:
         for tokens in plan.tokens:
             table = self.tables[tokens.handle]
             assert tokens.start == len(table.token_ids), "tokens skipped or sent twice"
-            table.token_ids += unpack_ids(tokens.token_ids)
+            table.know(unpack_ids(tokens.token_ids))
         for dealt in plan.blocks:
             table = self.tables[dealt.handle]
             assert dealt.start == len(table.blocks), "blocks skipped or sent twice"
             assert len(dealt.slots) == self._pool.groups
-            table.blocks += zip(dealt.holders, zip(*dealt.slots))
-        self._check_slots()
+            table.blocks += zip(dealt.holders, zip(*dealt.slots), strict=True)
+            for number, computed in enumerate(dealt.computed, dealt.start):
+                table.computed |= set(range(number * self._block_size, number * self._block_size + computed))
+        for copy in plan.copies:
+            assert copy.source != copy.destination
+            for group, (source, destination) in enumerate(zip(copy.source_slots, copy.destination_slots)):
+                for i in range(self._block_size):
+                    self.stored[copy.destination, group, destination * self._block_size + i] = self.stored[
+                        copy.source, group, source * self._block_size + i]
+            self.copied += 1
         assert len({rows.handle for rows in plan.rows}) == len(plan.rows), "a request twice in a step"
         for rows in plan.rows:
             self._compute(rows)
-
-    def _check_slots(self) -> None:
-        used = [(holder, group, slot) for table in self.tables.values()
-                for holder, slots in table.blocks for group, slot in enumerate(slots)]
-        assert len(used) == len(set(used)), "two requests share a slot"
-        assert all(slot < self._pool.slots_per_rank for _, _, slot in used)
 
     def _compute(self, rows: ScheduledRows) -> None:
         table = self.tables[rows.handle]
@@ -116,16 +130,18 @@ class FakeRanks:
         assert not table.computed & set(positions), "computed twice"
         for position in positions:
             for place in self._places(table, position):
-                self.stored[place] = (rows.handle, position)
+                self.stored[place] = table.meanings[position]
         table.computed |= set(positions)
+        self.computed += len(positions)
         for earlier in range(positions[-1] + 1):
             assert earlier in table.computed, "a row before its keys"
             for place in self._places(table, earlier):
-                assert self.stored[place] == (rows.handle, earlier), "somebody else's key"
+                assert self.stored[place] == table.meanings[earlier], "somebody else's key"
         assert rows.sample == (positions[-1] == len(table.token_ids) - 1)
 
     def _places(self, table: FakeTable, position: int) -> list[tuple[int, int, int]]:
         holder, slots = table.blocks[position // self._block_size]
+        assert all(slot < self._pool.slots_per_rank for slot in slots)
         return [(holder, group, slot * self._block_size + position % self._block_size)
                 for group, slot in enumerate(slots)]
 
@@ -139,15 +155,22 @@ class FakeRanks:
 
 
 class Driven:
-    """A scheduler with its pool and fake ranks; `check` after each step."""
+    """A scheduler with its pool and fake ranks, on a clock of its own; `check` after each step."""
 
     def __init__(self, *, ring: int = 2, slots: int = 64, block: int = 4, chunk: int = 32, running: int = 8,
-                 reserve: int = 8, groups: Sequence[LayerGroup] = (layer_group(),)) -> None:
+                 reserve: int = 8, groups: Sequence[LayerGroup] = (layer_group(),), policy: PolicyName = "fcfs",
+                 prefix_cache: bool = False, width: int | None = 64, max_step_ms: float | None = None,
+                 weights: tuple[str, ...] = (), max_queue_s: float | None = None) -> None:
         self.block = block
         self.pool = BlockPool(ring, len(groups), slots)
         self.cost = CostModel(groups, 100.0, ring, MACHINE)
-        config = SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=running, output_reserve=reserve)
-        self.scheduler = Scheduler(config, block, self.pool, self.cost)
+        self.cache = PrefixCache(self.pool, block, lambda index: self.cost.flops(index * block, (index + 1) * block),
+                                 enabled=prefix_cache)
+        config = SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=running, output_reserve=reserve,
+                                 policy=policy, ring_width=width, max_step_ms=max_step_ms, tenant_weights=weights,
+                                 max_queue_s=max_queue_s)
+        self.now = 0.0
+        self.scheduler = Scheduler(config, self.cache, self.cost, clock=lambda: self.now)
         self.ranks = FakeRanks(self.pool, block)
         self._handles = 0
         self.requests: dict[str, Request] = {}
@@ -160,14 +183,15 @@ class Driven:
         return self.pool.total * self.block
 
     def add(self, name: str, prompt: Sequence[int], *, return_progress: bool = False,
-            **params: object) -> Request:
+            scheduling: SchedulingParams | None = None, **params: object) -> Request:
         known = SamplingParams(**{"max_tokens": 4, "ignore_eos": True, **params})  # type: ignore[arg-type]
         assert known.max_tokens is not None
         self._handles += 1
         request = Request(
             request_id=name, handle=self._handles, token_ids=array("I", prompt), params=known, seed=0,
             end_token_ids=(END,), max_total_tokens=len(prompt) + known.max_tokens,
-            ranks=list(range(self.pool.ring_size)), arrival=0.0, return_progress=return_progress)
+            arrival=self.now + 1e-9 * self._handles, scheduling=scheduling or SchedulingParams(),
+            return_progress=return_progress)
         self.scheduler.add(request)
         self.requests[name] = request
         self.output[name] = []
@@ -182,7 +206,9 @@ class Driven:
         return plan
 
     def commit(self, plan: SchedulerOutput) -> None:
-        self.updates = self.scheduler.update(plan, self.ranks.execute(plan))
+        output = self.ranks.execute(plan)
+        self.now += max(self.scheduler._step_cost.seconds(), 1e-4)
+        self.updates = self.scheduler.update(plan, output)
         self.scheduler.check()
         for update in self.updates:
             self.output[update.request_id] += update.token_ids
@@ -195,7 +221,9 @@ class Driven:
         while self.scheduler.has_work:
             plans.append(self.step())
             assert len(plans) <= most_steps, "requests evict each other in a circle"
-        assert self.pool.unreserved == self.pool.total, "blocks or reservations were lost"
+        self.cache.clear()
+        room = [self.cache.room_on(rank) for rank in range(self.pool.ring_size)]
+        assert room == [self.pool.slots_per_rank] * self.pool.ring_size, "blocks or reservations were lost"
         return plans
 
     def assert_right(self, name: str) -> None:

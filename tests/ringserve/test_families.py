@@ -86,7 +86,7 @@ def test_switching_the_mode_at_a_chunk_edge_changes_nothing(rings: Rings, family
     engine = rings.engine(path, 3)
     flips = iter(range(10**6))
     # The plan says what travels, chunk by chunk and group by group: any choice must give the same numbers.
-    engine.scheduler.cost.modes = lambda new, cached: [  # type: ignore[method-assign]
+    engine.scheduler.cost.modes = lambda new, cached, width=None: [  # type: ignore[method-assign]
         "pass-kv" if new > 1 and next(flips) % 2 else "pass-q" for _ in engine.executor.groups]
     teacher = Teacher(engine)
     outcome = oracle_of(path, texts).compare("alternating", teacher.run(texts, prompts))
