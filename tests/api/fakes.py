@@ -123,6 +123,7 @@ class FakeEngine:
                         kv_bytes=100 * (len(ids) + n_output), queue_ms=None, first_token_ms=7, queue_position=4)
 
     async def _admission(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
         if self.admission_s:
             try:
                 await self._step(self.admission_s)
