@@ -37,7 +37,7 @@ def test_a_refusal_is_an_ordinary_error(http: httpx.Client, server: RunningServe
     server.engine.refusal = ContextLengthError(3, 4, 5)
     assert check_error(http.post("/v1/completions", json={**BODY, "stream": stream}), 400,
                        "context_length_exceeded")["n_ctx"] == 5
-    assert server.engine.submitted == server.engine.cancelled == server.engine.withdrawn == []
+    assert not server.engine.submitted and not server.engine.cancelled and not server.engine.withdrawn
     server.engine.refusal = None
     assert http.post("/v1/completions", json={**BODY, "stream": stream}).status_code == 200
 
@@ -63,7 +63,7 @@ def test_a_client_that_leaves_before_its_admission_is_left_once(server: RunningS
     eventually(lambda: server.engine.withdrawn)
     eventually(server.server.state.idle.is_set)
     assert server.engine.withdrawn == server.engine.asked and len(server.engine.asked) == 1
-    assert server.engine.submitted == server.engine.cancelled == []
+    assert not server.engine.submitted and not server.engine.cancelled
 
 
 @BOTH
@@ -93,7 +93,7 @@ def test_the_server_ends_while_requests_wait_to_be_admitted(start_server: Callab
         error = check_error(answer.result(), 503, "engine_dead" if engine_dies else "draining")
     assert "secret" not in str(error)
     assert server.join() == int(engine_dies)
-    assert server.engine.submitted == server.engine.cancelled == []
+    assert not server.engine.submitted and not server.engine.cancelled
     assert len(server.engine.withdrawn) <= 1 if engine_dies else server.engine.withdrawn == server.engine.asked
 
 

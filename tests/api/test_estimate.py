@@ -35,7 +35,7 @@ def test_of_a_completion(http: httpx.Client, server: RunningServer) -> None:
         "max_output_tokens": 5, "n_ctx": N_CTX, "ring_width": 2, "kv_bytes": 20_500, "queue_position": 4,
         "queue_ms": None, "time_to_first_token_ms": 7}
     assert estimate(http, model="needle", prompt="x")["max_output_tokens"] == 16
-    assert server.engine.submitted == server.engine.cancelled == []
+    assert not server.engine.submitted and not server.engine.cancelled
 
 
 def test_of_a_chat(http: httpx.Client, server: RunningServer) -> None:
