@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ringserve_api.errors import ClientDisconnected, error_response, is_expected
+from ringserve_api.estimate import EstimateResponse
 from ringserve_api.generate import GenerateResponse
 from ringserve_api.prepare import model_not_found
 from ringserve_api.state import ServerState
@@ -52,6 +53,7 @@ def routes(handlers: "Handlers") -> list[Route]:
     return [
         Route(("POST",), "/v1/completions", "user", handlers.completions),
         Route(("POST",), "/v1/chat/completions", "user", handlers.chat_completions),
+        Route(("POST",), "/v1/estimate", "user", handlers.estimate),
         Route(probe, "/v1/models", "user", handlers.models),
         Route(probe, "/v1/models/{model_id:path}", "user", handlers.model),
         Route(probe, "/health", "open", handlers.ready),
@@ -91,6 +93,9 @@ class Handlers:
 
     async def chat_completions(self, _: Request) -> Response:
         return GenerateResponse(self._state, "chat")
+
+    async def estimate(self, _: Request) -> Response:
+        return EstimateResponse(self._state)
 
     async def models(self, _: Request) -> Response:
         return json_response({"object": "list", "data": [self._model()]})

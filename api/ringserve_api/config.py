@@ -1,9 +1,13 @@
 """ServerConfig: how the HTTP server listens and what it limits."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from ringserve.errors import ConfigError
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+"""RFC 9110, 5.6.2: a token."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -34,6 +38,10 @@ class ServerConfig:
 
     insecure: bool = False
     """Allow to listen off loopback without keys and without TLS."""
+
+    tenant_header: str | None = None
+    """Name of a request header, set by a trusted proxy, that says whose request it is. Unset: all requests are one
+    tenant's."""
 
     keep_alive_s: float = 10.0
     """Seconds of silence in a stream after which a `: keep-alive` comment is sent."""
@@ -66,6 +74,8 @@ class ServerConfig:
                  "listen on 127.0.0.1, or pass --insecure")
         _require(0 <= self.port < 65536, f"port must be in 0 to 65535, got {self.port}")
         _require(self.served_model_name != "", "served_model_name must not be empty")
+        _require(self.tenant_header is None or HEADER_NAME.fullmatch(self.tenant_header) is not None,
+                 f"tenant_header must be the name of a header, got {self.tenant_header!r}")
         for name in ("keep_alive_s", "body_idle_timeout_s", "prompt_timeout_s"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("drain_timeout_s", "inline_body_kib"):

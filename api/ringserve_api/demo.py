@@ -29,7 +29,7 @@ from ringserve_api.offline import PrefillBar
 DEPTHS = (0.02, 0.37, 0.71, 0.98)
 MILLION = 1 << 20
 ONE_NEEDLE_FROM = 500_000
-"""Without a prefix cache every question is a whole prefill: from here on one is enough."""
+"""Every question is a whole prefill, see `ask`: from here on one is enough."""
 NAMES = ("Ada", "Tom", "Sam", "Paul")
 CODES = ("7391502-3846120-9912473-5520918", "2840617-7719305-1284096-6637514",
          "9156043-0472861-3391570-8846229", "4408271-5950338-2207416-1163987")
@@ -148,14 +148,16 @@ def _announced(console: Console, process: "subprocess.Popen[str]") -> str:
 
 
 def ask(client: Any, console: Console, prompt: str, depth: float, expected: str) -> Answer:
-    """One streamed completion with a progress bar."""
+    """One streamed completion with a progress bar. A salt of its own, because the prefill is what is shown: the text
+    before the question is the last one's, and would be found in the cache."""
     started = time.monotonic()
     arrivals: list[float] = []
     text, prompt_tokens, completion_tokens = "", 0, 0
     with PrefillBar(console) as bar:
         for chunk in client.completions.create(
                 model="needle", prompt=prompt, max_tokens=CHECKED_TOKENS, temperature=0, stream=True,
-                stream_options={"include_usage": True}, extra_body={"return_progress": True, "ignore_eos": True}):
+                stream_options={"include_usage": True},
+                extra_body={"return_progress": True, "ignore_eos": True, "cache_salt": f"depth {depth}"}):
             progress = getattr(chunk, "prompt_progress", None)
             if progress is not None:
                 bar.show(processed=progress["processed"], total=progress["total"], percent=progress["percent"],

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import msgspec
 
 from ringserve.errors import EngineDeadError
-from ringserve.outputs import RequestOutput
+from ringserve.outputs import Estimate, RequestOutput
 from ringserve.sampling_params import SamplingParams
+from ringserve.scheduling_params import SchedulingParams
 
 
 class EngineInfo(Protocol):
@@ -37,8 +38,17 @@ class Engine(Protocol):
     @property
     def dead(self) -> EngineDeadError | None: ...
 
-    def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
-               request_id: str, return_progress: bool = False) -> AsyncIterator[RequestOutput]: ...
+    async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
+                     request_id: str, return_progress: bool = False,
+                     scheduling: SchedulingParams = ...) -> AsyncIterator[RequestOutput]:
+        """Returns when the request is queued; raises RequestError or EngineDeadError before any work.
+
+        Who cancels the awaiting task need not `cancel` the request: submit itself does."""
+
+    async def estimate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams,
+                       scheduling: SchedulingParams = ...) -> Estimate:
+        """What would become of a request now. Raises what `submit` would raise; queues nothing."""
+
     async def cancel(self, request_id: str) -> None: ...
     async def close(self) -> None: ...
     async def died(self) -> EngineDeadError: ...

@@ -4,15 +4,18 @@ Every route, streamed or not, turns an exception into JSON here and nowhere else
 that is not ours never leaves the process.
 """
 
+import math
 from dataclasses import dataclass
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ringserve.errors import ContextLengthError, RequestError, RingserveError, StartupError
+from ringserve.errors import ContextLengthError, OverloadedError, RequestError, RingserveError, StartupError
 
 MAX_MESSAGE_LENGTH = 3000
+MAX_RETRY_AFTER_S = 120
+"""Clients take a longer Retry-After for `do not retry`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class ApiError(RingserveError):
     """An error that arises in this package. `code` is a row of the table."""
 
     def __init__(self, code: str, message: str, param: str | None = None, *,
-                 retry_after_s: int | None = None) -> None:
+                 retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.param = param
@@ -143,8 +146,9 @@ def wire_error(error: BaseException) -> WireError:
         if isinstance(error, ContextLengthError):
             details = {"n_prompt_tokens": error.n_prompt_tokens, "n_ctx": error.n_ctx,
                        "max_output_tokens": error.max_output_tokens}
-        if isinstance(error, ApiError) and error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
+        if isinstance(error, OverloadedError | ApiError) and error.retry_after_s is not None:
+            # In whole seconds. A wait that is not a number is the shortest: max() keeps its first argument then.
+            headers["retry-after"] = str(math.ceil(min(MAX_RETRY_AFTER_S, max(1, error.retry_after_s))))
     row = TABLE[code]
     if row.retry is not None:
         headers["x-should-retry"] = str(row.retry).lower()

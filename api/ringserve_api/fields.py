@@ -4,11 +4,12 @@ Strict: no "1" for 1, a bool is no number, floats are finite, integers bounded. 
 unbounded error lists (prompt, messages, stop, logit_bias) are only roughly typed here and read in `prepare`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ringserve.sampling_params import MAX_LOGPROBS
+from ringserve.scheduling_params import MAX_NAME, MAX_PRIORITY
 
 MAX_MESSAGES = 16_384
 MAX_STOP_TOKEN_IDS = 256
@@ -16,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 256
 _INT31 = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=_INT31)]
 Positive = Annotated[int, Field(ge=1, le=_INT31)]
+ServiceTier = Literal["auto", "default", "priority", "flex"]
 TokenIds = Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
 
 
@@ -52,6 +54,9 @@ class GenerationFields(Fields):
     skip_special_tokens: bool | None = None
     return_progress: bool | None = None
     return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    service_tier: ServiceTier | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, Any] | None = None
@@ -79,8 +84,7 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "allowed_token_ids": (), "bad_words": ([],),
     "logits_processors": ([],), "prompt_logprobs": (), "prompt_embeds": (), "truncate_prompt_tokens": (),
-    "cache_salt": (), "priority": (0,), "store": (False,), "service_tier": ("auto", "default"),
-    "moderation": (), "prompt_cache_options": (), "spaces_between_special_tokens": (True,),
+    "store": (False,), "moderation": (), "prompt_cache_options": (), "spaces_between_special_tokens": (True,),
 }
 
 UNSUPPORTED: dict[str, dict[str, tuple[object, ...]]] = {

@@ -8,14 +8,17 @@ import re
 import uuid
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ringserve.errors import InvalidValueError
+from ringserve.scheduling_params import MAX_NAME
 from ringserve_api.chat import ChatShape
 from ringserve_api.completions import CompletionShape
 from ringserve_api.engine_port import Tokenizer
-from ringserve_api.generation import Generation, unless_disconnected
+from ringserve_api.generation import Generation, Stopped, unless_ended
 from ringserve_api.prepare import Kind, Prepared, prepare
 from ringserve_api.reply import Answer, Json, Reply, Shape
 from ringserve_api.sse import EventStream
@@ -24,6 +27,7 @@ from ringserve_api.state import ServerState
 _ID_PREFIX: dict[Kind, str] = {"completions": "cmpl", "chat": "chatcmpl"}
 MAX_IGNORED_NAMES = 16
 FIT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TENANT = re.compile(rf"[!-~]{{0,{MAX_NAME}}}")
 
 
 class GenerateResponse(Response):
@@ -34,26 +38,43 @@ class GenerateResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = self._state
-        with state.open_request():
-            prepared = await self._prepare(Request(scope, receive))
+        with state.open_request() as stopped:
+            prepared = await read_request(state, self._kind, Request(scope, receive), stopped)
             # Ours, not the client's x-request-id: two clients may choose the same.
             request_id = f"{_ID_PREFIX[self._kind]}-{uuid.uuid4().hex}"
             headers = ignored_header(prepared.ignored)
             reply = Reply(_shape(prepared, state.tokenizer), prepared, state.model, request_id)
-            async with state.open_generation(prepared, request_id) as generation:
+            async with Generation(state.engine, prepared, request_id, stopped) as generation:
+                # Before the 200 goes out: a refusal is an ordinary answer, streamed or not.
+                await unless_ended(receive, stopped, generation.submit())
                 if prepared.stream:
                     response: Response = EventStream(generation, reply, headers, state.config.keep_alive_s)
                 else:
-                    answer = await unless_disconnected(receive, _collect(generation, reply))
+                    answer = await unless_ended(receive, stopped, _collect(generation, reply))
                     response = Response(msgspec.json.encode(answer), 200, headers, "application/json")
                 await response(scope, receive, send)
 
-    async def _prepare(self, request: Request) -> Prepared:
-        state = self._state
-        async with state.bodies.read(request) as body:
-            if len(body) <= state.config.inline_body_kib << 10:
-                return prepare(self._kind, body, state.tokenizer, state.model)
-            return await unless_disconnected(request.receive, state.prompt_worker.prepare(self._kind, body))
+
+async def read_request(state: ServerState, kind: Kind | None, request: Request, stopped: Stopped) -> Prepared:
+    """From body and headers to what the engine gets. Without a `kind` the body tells it."""
+    tenant = tenant_of(request.headers, state.config.tenant_header)
+    async with state.bodies.read(request) as body:
+        if len(body) <= state.config.inline_body_kib << 10:
+            prepared = prepare(kind, body, state.tokenizer, state.model)
+        else:
+            prepared = await unless_ended(request.receive, stopped, state.prompt_worker.prepare(kind, body))
+    scheduling = msgspec.structs.replace(prepared.scheduling, tenant=tenant)
+    return msgspec.structs.replace(prepared, scheduling=scheduling)
+
+
+def tenant_of(headers: Headers, name: str | None) -> str:
+    """Whose request it is, by the header that a proxy sets; raises InvalidValueError when it cannot be told."""
+    values = headers.getlist(name) if name is not None else []
+    # A second one is the client's own: whose it is must not depend on which of the two is read.
+    if len(values) > 1 or not all(TENANT.fullmatch(value) for value in values):
+        raise InvalidValueError(f"the header {name} must be given once, with at most {MAX_NAME} visible ASCII "
+                                "characters", name)
+    return values[0] if values else ""
 
 
 async def _collect(generation: Generation, reply: Reply) -> Json:

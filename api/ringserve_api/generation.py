@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -11,29 +11,42 @@ from ringserve.errors import EngineError, RequestError
 from ringserve.outputs import RequestOutput
 from ringserve_api.engine_port import Engine
 from ringserve_api.errors import ClientDisconnected
-from ringserve_api.prepare import Prepared
+from ringserve_api.prepare import Kind, Prepared
 
 T = TypeVar("T")
+Stopped = asyncio.Future[None]
+"""Of one open request: gets the error with which the server ends it."""
 
 
 class Generation:
-    """Submits `prepared` to the engine; raises what the engine refuses it with."""
+    """Use `async with`; then `submit` and, until the one with a finish reason has come, `next`."""
 
-    def __init__(self, engine: Engine, prepared: Prepared, request_id: str) -> None:
+    def __init__(self, engine: Engine, prepared: Prepared, request_id: str, stopped: Stopped) -> None:
         self.request_id = request_id
         self.finished = False
         """The engine has done with the request, in whichever way."""
         self._engine = engine
-        try:
-            self._outputs = engine.submit(prepared.prompt_token_ids, prepared.params, request_id=request_id,
-                                          return_progress=prepared.return_progress)
-        except RequestError as error:
-            # The engine calls its input the prompt; a chat client sent messages.
-            if prepared.kind == "chat" and error.param == "prompt":
-                error.param = "messages"
-            raise
+        self._prepared = prepared
+        self._stopped = stopped
+        self._admission: asyncio.Task[AsyncIterator[RequestOutput]] | None = None
         self._pending: asyncio.Task[RequestOutput | None] | None = None
-        self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def __aenter__(self) -> "Generation":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.leave()
+
+    async def submit(self) -> None:
+        """Returns when the engine has queued the request; raises what it refuses it with."""
+        prepared = self._prepared
+        self._admission = asyncio.create_task(self._engine.submit(
+            prepared.prompt_token_ids, prepared.params, request_id=self.request_id,
+            return_progress=prepared.return_progress, scheduling=prepared.scheduling))
+        # Not awaited itself: who is cancelled here must not lose a stream that has just been given, see `leave`.
+        await asyncio.wait({self._admission})
+        with refusals_named_for(prepared.kind):
+            self._admission.result()
 
     async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
         """The next event, or None after `timeout_s` without one."""
@@ -52,30 +65,39 @@ class Generation:
         return None
 
     async def _advance(self) -> RequestOutput | None:
+        assert self._admission is not None, "submit comes first"
         try:
-            output = await anext(self._outputs, None)
+            output = await anext(self._admission.result(), None)
         except Exception:
             self.finished = True
             raise
         self.finished = output is None or output.finish_reason is not None
         return output
 
-    def stop(self, error: Exception) -> None:
-        """Make the request end with `error`, if it has not ended."""
-        if not self._stopped.done():
-            self._stopped.set_exception(error)
-            self._stopped.exception()  # seen: a request that never asks again is no forgotten error
-
     async def leave(self) -> None:
         """Let the engine go on without this request."""
-        if self._pending is not None:
-            await cancelled(self._pending)
-            self._pending = None
-        if isinstance(self._outputs, AsyncGenerator):
-            await self._outputs.aclose()
+        admission, pending = self._admission, self._pending
+        self._admission = self._pending = None
+        await cancelled(*(task for task in (admission, pending) if task is not None))
+        if admission is None or admission.cancelled() or admission.exception() is not None:
+            return  # the engine never had it, or its submit has taken it back
+        outputs = admission.result()
+        if isinstance(outputs, AsyncGenerator):
+            await outputs.aclose()
         if not self.finished:
             self.finished = True
             await self._engine.cancel(self.request_id)
+
+
+@contextlib.contextmanager
+def refusals_named_for(kind: Kind) -> Iterator[None]:
+    """The engine calls its input the prompt; a chat client sent messages."""
+    try:
+        yield
+    except RequestError as error:
+        if kind == "chat" and error.param == "prompt":
+            error.param = "messages"
+        raise
 
 
 async def cancelled(*tasks: "asyncio.Task[Any]") -> None:
@@ -91,15 +113,19 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, but cancel it and raise ClientDisconnected when the client goes first."""
+async def unless_ended(receive: Receive, stopped: Stopped, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, but cancel it when the client goes first, and raise ClientDisconnected, or when the server
+    ends the request first, and raise its error."""
     working = asyncio.create_task(work)
     gone = asyncio.create_task(disconnected(receive))
+    first: set[asyncio.Future[Any]] = {working, gone, stopped}
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnected
-        return working.result()
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if stopped.done():
+            stopped.result()
+        raise ClientDisconnected
     finally:
         with contextlib.suppress(Exception):
             await cancelled(working, gone)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ringserve.errors import InvalidValueError
 from ringserve.sampling_params import SamplingParams
+from ringserve.scheduling_params import SchedulingParams
 from ringserve_api.engine_port import EngineInfo, Tokenizer
 from ringserve_api.errors import ApiError
 from ringserve_api.fields import (
@@ -40,6 +41,8 @@ TEMPLATE_KWARGS = frozenset({
 })
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What generation_config.json may set for requests that leave it out."""
+_PRIORITY_OF_TIER = {"priority": -2, "flex": 3}
+"""A service tier is a priority under OpenAI's name for it; the other tiers say nothing."""
 _PASSED_ON = ("min_tokens", "seed", "presence_penalty", "frequency_penalty", "include_stop_str_in_output",
               "ignore_eos", "skip_special_tokens")
 
@@ -49,6 +52,10 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Kind
     params: SamplingParams
+    scheduling: SchedulingParams
+    """Without the tenant, which no body names."""
+    service_tier: str | None
+    """The tier that serves the request, where one was asked for."""
     prompt_ids: bytes
     """The prompt's token ids as little-endian u32."""
     stream: bool
@@ -68,13 +75,14 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
         return ids
 
 
-def prepare(kind: Kind, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> Prepared:
-    """Parse, validate and tokenize the body of a request.
+def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> Prepared:
+    """Parse, validate and tokenize the body of a request; without a `kind` of whichever kind it is.
 
     Raises InvalidValueError or ApiError with the field's name.
     """
     raw = parse_json(body)
     _check_model(raw.get("model"), info.model_name)
+    kind = kind or _kind_of(raw)
     _check_supported(raw, UNSUPPORTED[kind], "")
     fields = _validate(CompletionFields if kind == "completions" else ChatFields, raw)
     ignored = set(fields.model_extra or {}) - UNSUPPORTED[kind].keys()
@@ -85,6 +93,7 @@ def prepare(kind: Kind, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> 
         _check_supported(extra, UNSUPPORTED_STREAM_OPTIONS, "stream_options.")
         ignored |= {f"stream_options.{name}" for name in extra.keys() - UNSUPPORTED_STREAM_OPTIONS.keys()}
     params = _sampling_params(fields, info)
+    scheduling = _scheduling_params(fields)
     echo = None
     if isinstance(fields, ChatFields):
         ids = _chat_ids(fields, tokenizer, ignored)
@@ -94,7 +103,9 @@ def prepare(kind: Kind, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> 
     if sys.byteorder == "big":
         ids.byteswap()
     return Prepared(
-        kind=kind, params=params, prompt_ids=ids.tobytes(), stream=bool(fields.stream),
+        kind=kind, params=params, scheduling=scheduling,
+        service_tier="default" if fields.service_tier == "auto" else fields.service_tier,
+        prompt_ids=ids.tobytes(), stream=bool(fields.stream),
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
         return_progress=bool(fields.return_progress), return_token_ids=bool(fields.return_token_ids),
         echo=echo, ignored=sorted(ignored))
@@ -149,6 +160,16 @@ def model_not_found(model: str, served: str) -> ApiError:
                     f"the model {model[:100]!r} does not exist; this server has {served!r}", "model")
 
 
+def _kind_of(raw: Mapping[str, Any]) -> Kind:
+    """Of a body that came without a route of its own: the field with the input tells."""
+    chat, completion = (raw.get(name) is not None for name in ("messages", "prompt"))
+    if chat == completion:
+        raise InvalidValueError(
+            "give either messages, as for /v1/chat/completions, or prompt, as for /v1/completions: the body has "
+            + ("both" if chat else "neither"), "prompt")
+    return "chat" if chat else "completions"
+
+
 def _check_supported(raw: Mapping[str, Any], unsupported: Mapping[str, tuple[object, ...]],
                      prefix: str) -> None:
     for name in unsupported.keys() & raw.keys():
@@ -179,6 +200,14 @@ def _sampling_params(fields: GenerationFields, info: EngineInfo) -> SamplingPara
         stop_token_ids=tuple(_in_vocabulary(fields.stop_token_ids or [], "stop_token_ids", info)),
         logit_bias=_logit_bias(fields.logit_bias or {}, info),
         **{name: value for name, value in values.items() if value is not None})
+
+
+def _scheduling_params(fields: GenerationFields) -> SchedulingParams:
+    tier = _PRIORITY_OF_TIER.get(fields.service_tier or "auto")
+    if tier is not None and fields.priority is not None:
+        raise InvalidValueError(f"service_tier {fields.service_tier} is a priority ({tier}): leave out priority, "
+                                "or give it with service_tier auto or default", "priority")
+    return SchedulingParams(priority=tier or fields.priority or 0, cache_salt=fields.cache_salt or "")
 
 
 def _max_tokens(fields: GenerationFields) -> int | None:

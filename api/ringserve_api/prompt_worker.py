@@ -28,7 +28,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    kind: Kind
+    kind: Kind | None
     body: bytes
 
 

@@ -1,6 +1,6 @@
 """Reply: the envelope of an answer, the same for every route; a Shape fills in the choice.
 
-id, created, model, fingerprint, usage, and in streams the sequence number and the progress.
+id, created, model, fingerprint, service tier, usage, and in streams the sequence number and the progress.
 """
 
 import math
@@ -58,6 +58,8 @@ class Reply:
         self._prepared = prepared
         self._envelope = {"id": request_id, "object": shape.chunk_object_name, "created": int(time.time()),
                           "model": model.model_name, "system_fingerprint": model.fingerprint}
+        if prepared.service_tier is not None:
+            self._envelope["service_tier"] = prepared.service_tier
         self._sequence_number = 0
 
     def opening(self) -> Json:

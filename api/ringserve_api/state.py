@@ -1,22 +1,17 @@
 """ServerState: what all requests of one server share, and whether it takes new ones."""
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ringserve.errors import EngineDeadError
 from ringserve_api.body import BodyReader
 from ringserve_api.config import ServerConfig
 from ringserve_api.engine_port import Engine, ServedModel, Tokenizer
 from ringserve_api.errors import ApiError
-from ringserve_api.generation import Generation
-from ringserve_api.prepare import Prepared
+from ringserve_api.generation import Stopped
 from ringserve_api.worker_pool import PromptWorker
-
-MAX_RETRY_AFTER_S = 120
-"""Clients take a longer Retry-After for `do not retry`."""
 
 
 class ServerState:
@@ -32,8 +27,7 @@ class ServerState:
         """No request is open."""
         self.idle.set()
         self._drain_deadline: float | None = None
-        self.open_requests = 0
-        self._generations: set[Generation] = set()
+        self._open: set[Stopped] = set()
         self._stop_error: Exception | None = None
 
     @property
@@ -46,45 +40,45 @@ class ServerState:
             self._drain_deadline = time.monotonic() + self.config.drain_timeout_s
 
     def stop(self, error: Exception) -> None:
-        """End every open request with `error`, and those that are still on their way into the engine."""
+        """End every open request with `error`, wherever on its way it is."""
         self._stop_error = error
-        for generation in self._generations:
-            generation.stop(error)
+        for stopped in self._open:
+            _give(stopped, error)
 
     def unavailable(self) -> ApiError | EngineDeadError | None:
         """Why no new request is taken; None when they are."""
         if self.engine.dead is not None:
             return self.engine.dead
         if self._drain_deadline is not None:
-            remaining = math.ceil(self._drain_deadline - time.monotonic())
             return ApiError("draining", "the server is shutting down",
-                            retry_after_s=min(max(remaining, 1), MAX_RETRY_AFTER_S))
+                            retry_after_s=self._drain_deadline - time.monotonic())
         return None
 
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
     @contextmanager
-    def open_request(self) -> Iterator[None]:
-        """Count a request as open inside of the block; raises when none is taken."""
+    def open_request(self) -> Iterator[Stopped]:
+        """Count a request as open inside of the block, which gets what `stop` ends it with; raises when none is
+        taken."""
         refusal = self.unavailable()
         if refusal is not None:
             raise refusal
-        self.open_requests += 1
+        stopped: Stopped = asyncio.get_running_loop().create_future()
+        if self._stop_error is not None:
+            _give(stopped, self._stop_error)
+        self._open.add(stopped)
         self.idle.clear()
         try:
-            yield
+            yield stopped
         finally:
-            self.open_requests -= 1
-            if self.open_requests == 0:
+            self._open.discard(stopped)
+            if not self._open:
                 self.idle.set()
 
-    @asynccontextmanager
-    async def open_generation(self, prepared: Prepared, request_id: str) -> AsyncIterator[Generation]:
-        """Submit a request that `stop` reaches; it is left at the end of the block."""
-        generation = Generation(self.engine, prepared, request_id)
-        self._generations.add(generation)
-        if self._stop_error is not None:
-            generation.stop(self._stop_error)
-        try:
-            yield generation
-        finally:
-            self._generations.discard(generation)
-            await generation.leave()
+
+def _give(stopped: Stopped, error: Exception) -> None:
+    if not stopped.done():
+        stopped.set_exception(error)
+        stopped.exception()  # seen: a request that never asks again is no forgotten error

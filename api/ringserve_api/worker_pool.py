@@ -38,7 +38,7 @@ class PromptWorker:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def prepare(self, kind: Kind, body: bytes) -> Prepared:
+    async def prepare(self, kind: Kind | None, body: bytes) -> Prepared:
         """Do what `prepare.prepare` does, without holding up the event loop."""
         async with self._lock:
             finished = False

@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringserve.errors import ContextLengthError, EngineDeadError, InvalidValueError
-from ringserve.outputs import Progress, RequestOutput, TokenLogprob, Usage
+from ringserve.errors import ContextLengthError, EngineDeadError, InvalidValueError, RequestError
+from ringserve.outputs import Estimate, Progress, RequestOutput, TokenLogprob, Usage
 from ringserve.sampling_params import SamplingParams
+from ringserve.scheduling_params import SchedulingParams
 
 END = 256
 VOCAB_SIZE = 258
+NO_WISHES = SchedulingParams()
 
 
 def sleepy_text(seconds: float, length: int) -> str:
@@ -69,15 +71,27 @@ class FakeEngine:
         self.info = info or FakeInfo()
         self.dead: EngineDeadError | None = None
         self.closed = False
+        self._death = asyncio.Event()
         self.reset()
 
     def reset(self) -> None:
+        self.admission_s = 0.0
+        """How long the engine thinks before it queues a request or tells an estimate."""
+        self.refusal: RequestError | None = None
+        """What it says then, instead of queueing."""
         self.step_s = 0.0
         self.first_step_s = 0.0
         self.broken = False
         """Raise an error that nobody expects."""
         self.finish_reason: str | None = "length"
+        self.asked: list[str] = []
+        """Request ids that came, and `estimate` for each estimate that was asked for."""
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
+        self.estimated: list[list[int]] = []
+        self.scheduled: list[SchedulingParams] = []
+        """Of all that were submitted or estimated."""
+        self.withdrawn: list[str] = []
+        """What was cancelled while it waited to be queued: taken back by the engine itself."""
         self.cancelled: list[str] = []
 
     def die(self, rank: int | None) -> None:
@@ -88,9 +102,39 @@ class FakeEngine:
         self.dead = EngineDeadError("secret details of the crash", rank)
         self._death.set()
 
-    def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
-               request_id: str,
-               return_progress: bool = False) -> AsyncIterator[RequestOutput]:
+    async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
+                     request_id: str, return_progress: bool = False,
+                     scheduling: SchedulingParams = NO_WISHES) -> AsyncIterator[RequestOutput]:
+        self.asked.append(request_id)
+        ids, n_output = self._fitting(prompt_token_ids, params)
+        await self._admission(request_id)
+        self.submitted.append((request_id, ids, params))
+        self.scheduled.append(scheduling)
+        return self._run(ids, params, n_output, request_id, return_progress)
+
+    async def estimate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams,
+                       scheduling: SchedulingParams = NO_WISHES) -> Estimate:
+        self.asked.append("estimate")
+        ids, n_output = self._fitting(prompt_token_ids, params)
+        await self._admission("estimate")
+        self.estimated.append(ids)
+        self.scheduled.append(scheduling)
+        return Estimate(prompt_tokens=len(ids), cached_tokens=len(ids) // 64 * 64, ring_width=self.info.ring_size,
+                        kv_bytes=100 * (len(ids) + n_output), queue_ms=None, first_token_ms=7, queue_position=4)
+
+    async def _admission(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        if self.admission_s:
+            try:
+                await self._step(self.admission_s)
+            except asyncio.CancelledError:
+                self.withdrawn.append(name)
+                raise
+        if self.refusal is not None:
+            raise self.refusal
+
+    def _fitting(self, prompt_token_ids: "array[int] | Sequence[int]",
+                 params: SamplingParams) -> tuple[list[int], int]:
         if self.dead is not None:
             raise self.dead
         ids = list(prompt_token_ids)
@@ -101,8 +145,7 @@ class FakeEngine:
         n_output = params.max_tokens or self.info.max_model_len - len(ids)
         if n_output <= 0 or len(ids) + n_output > self.info.max_model_len:
             raise ContextLengthError(len(ids), n_output, self.info.max_model_len)
-        self.submitted.append((request_id, ids, params))
-        return self._run(ids, params, n_output, request_id, return_progress)
+        return ids, n_output
 
     async def _run(self, ids: list[int], params: SamplingParams, n_output: int, request_id: str,
                    return_progress: bool) -> AsyncIterator[RequestOutput]:
@@ -151,7 +194,6 @@ class FakeEngine:
 
     async def died(self) -> EngineDeadError:
         self._loop = asyncio.get_running_loop()
-        self._death = asyncio.Event()
         await self._death.wait()
         assert self.dead is not None
         return self.dead

@@ -110,6 +110,44 @@ def test_a_large_prompt_goes_through_the_prompt_worker(client: openai.OpenAI) ->
     assert reply.choices[0].text == ANSWER[:-1]
 
 
+def test_an_estimate_knows_what_was_served(server: Running, client: openai.OpenAI) -> None:
+    def estimate() -> dict[str, Any]:
+        reply = httpx.post(f"{server.url}/v1/estimate", json=body, timeout=30)
+        assert reply.status_code == 200, reply.text
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    body: dict[str, Any] = {"model": "needle", "prompt": "To be estimated first.\n" + PROMPT, "max_tokens": 17,
+                            "temperature": 0}
+    before = estimate()
+    reply = client.completions.create(**body)
+    assert reply.choices[0].text == ANSWER[:-1] and reply.usage is not None
+    after = estimate()
+    assert before["fits"] and after["fits"] and before["cached_tokens"] == 0
+    assert 0 < after["cached_tokens"] < after["prompt_tokens"] == reply.usage.prompt_tokens
+    assert after["cached_tokens"] % 64 == 0
+    assert isinstance(after["time_to_first_token_ms"], int) and after["queue_position"] == 0
+    assert after["kv_bytes"] > 0 and 1 <= after["ring_width"] <= 2
+    limit = after["n_ctx"]
+    body["prompt"] = [1] * limit
+    too_long = estimate()
+    assert not too_long["fits"] and too_long["reason"]["code"] == "context_length_exceeded"
+    assert (too_long["prompt_tokens"], too_long["cached_tokens"]) == (limit, None)
+
+
+def test_an_identical_prompt_is_found_in_the_cache(client: openai.OpenAI) -> None:
+    def cached(salt: str) -> int:
+        reply = client.completions.create(model="needle", prompt="Asked for twice.\n" + PROMPT, max_tokens=17,
+                                          temperature=0, extra_body={"cache_salt": salt})
+        assert reply.choices[0].text == ANSWER[:-1]
+        assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+        return reply.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("one") == 0
+    assert cached("one") > 0
+    assert cached("two") == 0, "a salt of one's own keeps the cache of others out"
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(server: Running) -> None:
     limit = httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"]
     reply = httpx.post(f"{server.url}/v1/completions", json={"model": "needle", "prompt": [1] * limit,
@@ -161,6 +199,7 @@ def test_a_port_in_use_is_said(server: Running) -> None:
     (["serve", "/nonexistent"], "does not exist"), (["serve", "needle", "--ring-size", "0"], "ring_size"),
     (["serve", "needle", "--max-model-len", "99999999"], "2097152"),
     (["serve", "needle", "--host", "0.0.0.0"], "insecure"),
+    (["serve", "needle", "--tenant-header", "a b"], "tenant_header"),
     (["run", "needle", "--prompt-file", "/nonexistent"], "cannot be read"), (["run", "needle"], "--prompt-file"),
     (["run", "needle", "--prompt", ""], "empty"), (["run", "needle", "--prompt", "x", "--top-p", "2"], "top_p"),
     (["serve", "needle", "--transport", "nccl"], "nccl"), (["serve", "Qwen/Qwen3-0.6B"], "nothing is downloaded"),

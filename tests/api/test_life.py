@@ -52,7 +52,9 @@ def test_addresses() -> None:
 
 @pytest.mark.parametrize("fields", [
     {"port": -1}, {"port": 65536}, {"keep_alive_s": 0}, {"max_body_mib": 0}, {"max_bodies_mib": 63},
-    {"drain_timeout_s": -1}, {"served_model_name": ""}, {"prompt_timeout_s": 0}])
+    {"drain_timeout_s": -1}, {"served_model_name": ""}, {"prompt_timeout_s": 0}, {"tenant_header": ""},
+    {"tenant_header": "x tenant"}, {"tenant_header": "x-tenant:"}, {"tenant_header": "x-tenant\n"},
+    {"tenant_header": "x-ténant"}])
 def test_bad_configurations(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         ServerConfig(**fields)  # type: ignore[arg-type]

@@ -78,6 +78,22 @@ def test_chat(client: openai.OpenAI) -> None:
     assert top == [("<", -0.25), ("\x01", -9999.0)]
 
 
+def test_the_service_tier_is_told_when_it_was_asked_for(client: openai.OpenAI, server: RunningServer) -> None:
+    assert client.chat.completions.create(model="needle", messages=HI, max_tokens=1).service_tier is None
+    for asked, told in (("auto", "default"), ("default", "default"), ("flex", "flex"), ("priority", "priority")):
+        answer = client.chat.completions.create(model="needle", messages=HI, max_tokens=1,
+                                                service_tier=asked)  # type: ignore[call-overload]
+        assert answer.service_tier == told
+    chunks = list(client.chat.completions.create(model="needle", messages=HI, max_tokens=2, service_tier="flex",
+                                                 stream=True, stream_options={"include_usage": True}))
+    assert {chunk.service_tier for chunk in chunks} == {"flex"} and len(chunks) > 3
+    completion = client.completions.create(model="needle", prompt="x", max_tokens=1,
+                                           extra_body={"service_tier": "priority", "cache_salt": "s"})
+    assert completion.model_extra is not None and completion.model_extra["service_tier"] == "priority"
+    assert [wishes.priority for wishes in server.engine.scheduled] == [0, 0, 0, 3, -2, 3, -2]
+    assert server.engine.scheduled[-1].cache_salt == "s"
+
+
 def test_streamed_chat(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="needle", messages=HI, max_tokens=8, stream=True,
                                             logprobs=True,

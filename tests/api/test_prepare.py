@@ -8,6 +8,7 @@ from ringserve_api.errors import MAX_MESSAGE_LENGTH, ApiError, wire_error
 from ringserve_api.prepare import Kind, Prepared, prepare
 
 from ringserve.errors import InvalidValueError
+from ringserve.scheduling_params import SchedulingParams
 from tests.api.fakes import ByteTokenizer, FakeInfo
 
 HI = [{"role": "user", "content": "hi"}]
@@ -18,7 +19,7 @@ def ready(kind: Kind, **fields: Any) -> Prepared:
     return prepare(kind, json.dumps(body).encode(), ByteTokenizer(), FakeInfo())
 
 
-def refused(kind: Kind, body: bytes) -> tuple[str, str | None, str]:
+def refused(kind: Kind | None, body: bytes) -> tuple[str, str | None, str]:
     with pytest.raises((InvalidValueError, ApiError)) as caught:
         prepare(kind, body, ByteTokenizer(), FakeInfo())
     wire = wire_error(caught.value)
@@ -73,6 +74,10 @@ BAD_VALUES = [
     ("prompt", "[1, 2.5]"), ("prompt", "[1, true]"), ("prompt", '[1, "a"]'), ("prompt", '[["a"]]'),
     ("prompt", "[[[1]]]"),
     ("user", "3"), ("ignore_eos", "0"), ("model", "3"), ("model", "null"),
+    ("priority", "9"), ("priority", "-9"), ("priority", "1.0"), ("priority", "true"), ("priority", '"1"'),
+    ("priority", "9" * 300), ("service_tier", '"scale"'), ("service_tier", '""'), ("service_tier", '"Flex"'),
+    ("service_tier", "1"), ("service_tier", '["flex"]'), ("cache_salt", "3"), ("cache_salt", '"' + "x" * 257 + '"'),
+    ("cache_salt", '["x"]'),
 ]
 
 
@@ -89,10 +94,9 @@ UNSUPPORTED = [
     ("completions", "suffix", "x"),
     ("completions", "prompt", ["a", "b"]), ("completions", "prompt", [[1], [2]]),
     ("completions", "truncate_prompt_tokens", 5),
-    ("completions", "response_format", {"type": "json_object"}), ("completions", "cache_salt", "x"),
+    ("completions", "response_format", {"type": "json_object"}), ("chat", "store", True),
     ("chat", "tools", [{"type": "function"}]), ("chat", "tool_choice", "required"), ("chat", "echo", True),
-    ("chat", "response_format", {"type": "json_schema"}), ("chat", "service_tier", "flex"),
-    ("chat", "store", True),
+    ("chat", "response_format", {"type": "json_schema"}),
     ("chat", "modalities", ["audio"]), ("chat", "audio", {}), ("chat", "chat_template", "{{ 1 }}"),
 ]
 
@@ -103,6 +107,44 @@ def test_unsupported_parameters_are_named(kind: Kind, field: str, value: object)
     code, param, message = refused(kind, json.dumps(body).encode())
     assert (code, param) == ("unsupported_parameter", field)
     assert field in message
+
+
+@pytest.mark.parametrize("kind, fields", [("completions", {"prompt": "x"}), ("chat", {"messages": HI})])
+def test_how_a_request_is_queued(kind: Kind, fields: dict[str, Any]) -> None:
+    for asked, priority, tier in (
+            ({}, 0, None), ({"priority": None, "service_tier": None, "cache_salt": None}, 0, None),
+            ({"priority": 8}, 8, None), ({"priority": -8}, -8, None),
+            ({"service_tier": "auto"}, 0, "default"), ({"service_tier": "default"}, 0, "default"),
+            ({"service_tier": "priority"}, -2, "priority"), ({"service_tier": "flex"}, 3, "flex"),
+            ({"service_tier": "flex", "priority": None}, 3, "flex"),
+            ({"service_tier": "auto", "priority": 5}, 5, "default"),
+            ({"service_tier": "default", "priority": -1}, -1, "default")):
+        prepared = ready(kind, **fields, **asked)
+        assert (prepared.scheduling, prepared.service_tier) == (SchedulingParams(priority=priority), tier)
+        assert prepared.ignored == []
+    assert ready(kind, **fields, cache_salt="ñ" * 256).scheduling == SchedulingParams(cache_salt="ñ" * 256)
+    for tier in ("priority", "flex"):
+        for priority in (0, 3):  # 0 was given too
+            body = {"model": "needle", **fields, "service_tier": tier, "priority": priority}
+            code, param, message = refused(kind, json.dumps(body).encode())
+            assert (code, param) == ("invalid_value", "priority") and f"service_tier {tier}" in message
+
+
+def test_a_body_without_a_route_tells_its_kind() -> None:
+    def kind_of(**fields: Any) -> Kind:
+        body = {"model": "needle", **fields}
+        return prepare(None, json.dumps(body).encode(), ByteTokenizer(), FakeInfo()).kind
+    assert kind_of(prompt="x") == kind_of(prompt=[1], messages=None, echo=True) == "completions"
+    assert kind_of(messages=HI) == kind_of(messages=HI, prompt=None, max_completion_tokens=3) == "chat"
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({}, "neither"), ({"prompt": None, "messages": None}, "neither"), ({"input": "x"}, "neither"),
+    ({"prompt": "x", "messages": HI}, "both"), ({"prompt": "", "messages": []}, "both")])
+def test_a_body_of_no_kind_or_of_both(fields: dict[str, Any], said: str) -> None:
+    code, param, message = refused(None, json.dumps({"model": "needle", **fields}).encode())
+    assert (code, param) == ("invalid_value", "prompt") and message.endswith(said)
+    assert "/v1/completions" in message and "/v1/chat/completions" in message
 
 
 def test_neutral_values_of_unsupported_parameters_pass() -> None:
