@@ -124,6 +124,9 @@ class SchedulerConfig:
     policy: PolicyName = "slack-floor"
     """Which prefills get the time of a step first. See docs/scheduling.md for the comparison."""
 
+    ride_along: bool = True
+    """Give short prefills up to half of each step, whatever the policy says."""
+
     ring_width: int | None = None
     """Ranks that each request uses. Unset: as many as make it faster by enough, by the cost model."""
 

@@ -197,16 +197,26 @@ class CostModel:
             for rank, features in rows.items():
                 mine, keys = tokens[rank], (held[rank] + tokens[rank]) * seen
                 if mode == "pass-kv":
-                    features[FLOP] += flops * mine / new
-                    features[KEY_BYTE] += reach * per_key if mine else 0.0
-                    features[SENT_BYTE] += others * keys * per_key
+                    costs = (flops * mine / new, reach * per_key if mine else 0.0, others * keys * per_key)
                     features[EXCHANGE] += others * layers
                 else:
-                    features[FLOP] += flops * (keys / reach if others else 1.0)
-                    features[KEY_BYTE] += keys * per_key
-                    features[SENT_BYTE] += others * mine * per_query
+                    costs = (flops * (keys / reach if others else 1.0), keys * per_key, others * mine * per_query)
                     features[EXCHANGE] += 2 * others * layers
+                flop, read, sent = self._beside_each_other(*costs)
+                features[FLOP] += flop
+                features[KEY_BYTE] += read
+                features[SENT_BYTE] += sent
         return list(rows.items())
+
+    def _beside_each_other(self, flops: float, key_bytes: float, sent_bytes: float) -> tuple[float, float, float]:
+        """Where computing, reading and sending overlap, only the slowest of the three costs time."""
+        if not self.machine.overlaps:
+            return flops, key_bytes, sent_bytes
+        m = self.machine
+        compute, read, send = flops / m.flops, key_bytes / m.key_bytes_per_s, sent_bytes / m.link_bytes_per_s
+        if compute >= read and compute >= send:
+            return flops, 0.0, 0.0
+        return (0.0, key_bytes, 0.0) if read >= send else (0.0, 0.0, sent_bytes)
 
     # Seconds
 
@@ -229,30 +239,43 @@ class CostModel:
             reach = start + new if group.window is None else min(start + new, group.window + new)
             per_key, per_query = key_bytes(group, self.machine) * layers, query_bytes(group, self.machine) * layers
             pairs = _pairs(start + new, group.window) - _pairs(start, group.window)
-            total += weights[FLOP] * 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs / width
+            flops = 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs / width
+            others = width - 1
             if mode == "pass-kv":
-                total += weights[KEY_BYTE] * reach * per_key
-                if width > 1:
-                    total += (width - 1) * (weights[SENT_BYTE] * reach * per_key / width + weights[EXCHANGE] * layers)
+                costs = (flops, reach * per_key, others * reach * per_key / width)
+                total += others * weights[EXCHANGE] * layers
             else:
-                total += weights[KEY_BYTE] * reach * per_key / width
-                if width > 1:
-                    total += (width - 1) * (weights[SENT_BYTE] * new * per_query / width
-                                            + 2 * weights[EXCHANGE] * layers)
+                costs = (flops, reach * per_key / width, others * new * per_query / width)
+                total += 2 * others * weights[EXCHANGE] * layers
+            flop, read, sent = self._beside_each_other(*costs)
+            total += weights[FLOP] * flop + weights[KEY_BYTE] * read + weights[SENT_BYTE] * sent
         return total
 
     def chunk_tokens(self, start: int, width: int, budget_s: float, most: int, unit: int) -> int:
         """The largest chunk from `start` on whose step fits the budget: at least `unit`, at most `most`."""
         if most <= unit or self.chunk_seconds(start, most, width) <= budget_s:
             return most
-        low, high = unit, most  # fits or must do, does not fit
-        for _ in range(6):
-            middle = (low + high) // 2
-            if self.chunk_seconds(start, middle, width) <= budget_s:
-                low = middle
-            else:
-                high = middle
-        return low
+        least_s = self.chunk_seconds(start, unit, width)
+        if least_s >= budget_s:
+            return unit
+        # Seconds grow a little faster than tokens: secants from `unit` close in from above.
+        tokens = most
+        for _ in range(5):
+            seconds = self.chunk_seconds(start, tokens, width)
+            if seconds <= budget_s:
+                break
+            slope = (seconds - least_s) / (tokens - unit)
+            tokens = max(unit, min(tokens - 1, unit + int((budget_s - least_s) / slope)))
+            if tokens == unit:
+                break
+            if self.chunk_seconds(start, tokens, width) < budget_s:
+                # Below now: what is between the two points is nearly a line.
+                low_s = self.chunk_seconds(start, tokens, width)
+                slope = (low_s - least_s) / (tokens - unit)
+                tokens = min(most, max(tokens, unit + int((budget_s - least_s) / slope)))
+        while tokens > unit and self.chunk_seconds(start, tokens, width) > budget_s:
+            tokens = max(unit, int(tokens * 0.98))
+        return tokens
 
     def prefill_seconds(self, start: int, stop: int, width: int, budget_s: float, most: int, unit: int) -> float:
         """To compute the tokens [start, stop) of a request with nothing else on the ring, in the chunks that the

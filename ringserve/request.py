@@ -79,9 +79,6 @@ class Request:
     """Predicted seconds of its whole prefill, alone, when it arrived."""
     first_cached: int = 0
     """Tokens that were computed when it started to run."""
-    rate: float = 0.0
-    """Share of the time that its prefill gets: predicted seconds of its work per second."""
-    rate_since: float = 0.0
     last_progress: float = -math.inf
     """Monotonic seconds at which its progress was last reported."""
 

@@ -49,6 +49,10 @@ DEADLINE_BASE_S, DEADLINE_STRETCH = 1.0, 3.0
 """The default wish for a first token: a second, and three times the prefill's own time."""
 PATIENCE = 2.0
 """Requests pass one that does not fit yet until it has waited this many times its own time (and a second)."""
+PACE_MEMORY_S = 5.0
+FORECAST_S = 0.25
+"""A forecast is good for so long."""
+FORECAST_SLICES = 64
 LEAST_SHARE = 0.25
 """Of the budget, that one prefill gets in each step even when decoding alone fills it."""
 
@@ -83,6 +87,9 @@ class Scheduler:
         self._in_flight: list[tuple[Request, ScheduledRows]] = []
         self._step_started = 0.0
         self._step_cost = StepCost(cost)
+        self._pace = 1.0
+        self._forecasts: dict[int, float] = {}
+        self._forecast_at = -math.inf
         self._full = False
         """No waiting request could start, and nothing has changed since."""
 
@@ -198,7 +205,7 @@ class Scheduler:
             served = self.tenants.served(request.scheduling.tenant)
             key = self._policy(self._prospect(request), now, self.budget_s)
             order.append(((served, *key, request.handle), request))
-            if request.total_s <= SHORT_STEPS * self.budget_s and self.config.policy != "fcfs":
+            if self.config.ride_along and request.total_s <= SHORT_STEPS * self.budget_s:
                 riders.append((served, request.deadline, request.handle, request))
         done: set[int] = set()
         taken = 0
@@ -313,10 +320,13 @@ class Scheduler:
             self.cost.observe(self._step_cost.features(), now - self._step_started)
         sampled = {s.handle: s for s in output.sampled}
         updates: list[RequestUpdate] = []
+        gained_s = 0.0
         for request, rows in self._in_flight:
             if request.status is not RequestStatus.RUNNING:
                 continue
-            self._commit(request, rows.spans, now)
+            if request.handle not in self._decoding:
+                gained_s += self._gained_s(request, rows.spans)
+            self._commit(request, rows.spans)
             if rows.sample:
                 result = sampled[rows.handle]
                 if result.error is not None:
@@ -328,9 +338,16 @@ class Scheduler:
             elif request.return_progress and self._progress_is_due(request, now):
                 updates.append(RequestUpdate(request_id=request.request_id, progress=self.progress(request)))
         self._in_flight = []
+        if gained_s and now > self._step_started:
+            self._measure_pace(gained_s, now - self._step_started)
         return updates
 
-    def _commit(self, request: Request, spans: list[tuple[int, int]], now: float) -> None:
+    def _gained_s(self, request: Request, spans: list[tuple[int, int]]) -> float:
+        """By how much these tokens shorten the rest of its prefill."""
+        whole = self.cost.flops(request.first_cached, request.prompt_tokens)
+        return sum(self.cost.flops(*span) for span in spans) / whole * request.total_s if whole > 0 else 0.0
+
+    def _commit(self, request: Request, spans: list[tuple[int, int]]) -> None:
         """The tokens of these spans are computed: in every request that shares their blocks."""
         size = self.block_size
         for start, stop in spans:
@@ -349,7 +366,6 @@ class Scheduler:
         if request.prompt_tokens > spans[0][0]:
             count = sum(min(stop, request.prompt_tokens) - min(start, request.prompt_tokens) for start, stop in spans)
             request.computed_itself += count
-            self._measure_rate(request, spans, now)
 
     def _publish(self, request: Request, number: int) -> None:
         """A block that filled up with output, or was computed beside an equal one, may be found from now on."""
@@ -434,7 +450,6 @@ class Scheduler:
         request.first_cached = min(request.done, request.prompt_tokens)
         request.total_s = max(self._prefill_seconds(request.first_cached, request.prompt_tokens, len(request.ranks)),
                               1e-6)
-        request.rate, request.rate_since = 0.0, now
         self._running[request.handle] = request
         return True
 
@@ -576,17 +591,40 @@ class Scheduler:
     def _active_tenants(self) -> Iterable[str]:
         return {r.scheduling.tenant for r in self._by_id.values()}
 
-    def _measure_rate(self, request: Request, spans: list[tuple[int, int]], now: float) -> None:
-        """How fast its prefill comes along beside all others, in predicted seconds a second."""
-        elapsed = now - request.rate_since
-        whole = self.cost.flops(request.first_cached, request.prompt_tokens)
-        if elapsed <= 0 or whole <= 0:
-            return
-        gained = sum(self.cost.flops(*span) for span in spans) / whole * request.total_s
-        memory = max(1.0, 0.2 * (now - request.arrival))
-        weight = 1 - math.exp(-elapsed / memory) if request.rate else 1.0
-        request.rate += weight * (gained / elapsed - request.rate)
-        request.rate_since = now
+    def _measure_pace(self, gained_s: float, seconds: float) -> None:
+        """How fast prefills come along, all together: predicted seconds of their work in a second of a step."""
+        weight = 1 - math.exp(-seconds / PACE_MEMORY_S)
+        self._pace += weight * (gained_s / seconds - self._pace)
+
+    def _forecast(self, now: float) -> dict[int, float]:
+        """When each prefill that is known will have its first token, by handle: the policy played forward in coarse
+        slices at the present pace. Nobody knows who will come; that short ones come is in the pace."""
+        if self._forecast_at + FORECAST_S > now:
+            return self._forecasts
+        left = {r.handle: (r, self.remaining_s(r)) for r in itertools.chain(self._running.values(), self._waiting)
+                if not r.output_tokens}
+        total = sum(seconds for _, seconds in left.values())
+        slice_s = max(self.budget_s if math.isfinite(self.budget_s) else 0.0, total / FORECAST_SLICES, 1e-6)
+        pace = min(max(self._pace, 0.05), 2.0)
+        then, forecasts = now, {}
+        served = {r.scheduling.tenant: self.tenants.served(r.scheduling.tenant) for r, _ in left.values()}
+        while left:
+            def key(entry: tuple[Request, float], then: float = then) -> Key:
+                request, seconds = entry
+                prospect = Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), seconds)
+                return (served[request.scheduling.tenant], *self._policy(prospect, then, self.budget_s))
+
+            request, seconds = min(left.values(), key=key)
+            worked = min(slice_s, seconds)
+            then += worked / pace
+            served[request.scheduling.tenant] += worked
+            if seconds - worked <= 1e-9:
+                forecasts[request.handle] = then
+                del left[request.handle]
+            else:
+                left[request.handle] = (request, seconds - worked)
+        self._forecast_at, self._forecasts = now, forecasts
+        return forecasts
 
     def _wait_beside(self, own_s: float, others: Iterable[Request]) -> float:
         """Seconds that others take while `own_s` of work is done: each as much as this request, or what it still has
@@ -645,21 +683,15 @@ class Scheduler:
             total=request.prompt_tokens, cached=min(request.first_cached, done), processed=done,
             time_ms=int((now - request.arrival) * 1000),
             percent=round(100.0 * self.cost.flops(0, done) / whole, 2) if whole else 100.0,
-            eta_ms=self._eta_ms(request, queue_position, now), queue_position=queue_position)
+            eta_ms=self._eta_ms(request, now), queue_position=queue_position)
 
-    def _eta_ms(self, request: Request, queue_position: int, now: float) -> int | None:
+    def _eta_ms(self, request: Request, now: float) -> int | None:
         if not self.cost.steps:
             return None
-        remaining = self.remaining_s(request)
-        if queue_position:
-            order = self._order(request, now)
-            ahead = [r for r in self._waiting if r is not request and self._order(r, now) < order]
-            return int(1000 * (remaining + self._wait_beside(
-                math.inf, itertools.chain(self._running.values(), ahead))))
-        if request.rate <= 0:
-            others = (r for r in self._running.values() if r is not request)
-            return int(1000 * (remaining + self._wait_beside(remaining, others)))
-        return int(1000 * remaining / request.rate)
+        then = self._forecast(now).get(request.handle)
+        if then is None:  # it came since the last forecast
+            then = now + self.remaining_s(request)
+        return max(0, int(1000 * (then - now))) if not request.output_tokens else 0
 
     def _progress_is_due(self, request: Request, now: float) -> bool:
         """Whether the last word is a while ago: steps may take milliseconds."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ringserve.block_pool import BlockPool
 from ringserve.config import SchedulerConfig
-from ringserve.cost_model import TOKEN, CostModel
+from ringserve.cost_model import STEP, TOKEN, CostModel
 from ringserve.errors import OverloadedError
 from ringserve.outputs import Usage
 from ringserve.plan import ModelOutput, SampledTokens
@@ -42,6 +42,8 @@ class Outcome:
     end_s: float | None = None
     longest_gap_s: float = 0.0
     cached_tokens: int = 0
+    ahead_s: float = 0.0
+    """Prefill work that was there when it arrived."""
     refused: bool = False
     etas: list[tuple[float, float, float]] = field(default_factory=list)
     """(seconds, percent, predicted seconds to the first token) of each progress report."""
@@ -56,6 +58,7 @@ class Simulation:
         self._rng = random.Random(seed)
         self.now = 0.0
         self.steps = 0
+        self.busy_s = 0.0
         self._truth = self._model(hardware, 1.0)
         self.cost = self._model(hardware, PRIOR_ERROR)
         self.pool = BlockPool(hardware.ring_size, len(hardware.groups), hardware.slots_per_rank)
@@ -86,10 +89,11 @@ class Simulation:
 
     def rank_seconds(self, arrival: Arrival) -> float:
         """What a request takes of the ring, as a share of all its ranks: prefill and decode, unshared."""
-        tokens, ring = len(arrival.token_ids), self.hardware.ring_size
+        tokens, ring = arrival.prompt_tokens, self.hardware.ring_size
         width = 1 if tokens < 8192 else ring
         decode = self._truth.decode_seconds(tokens, width) * arrival.output_tokens
-        return (self.alone_s(tokens, width) - self._truth.weights[0] + decode) * width / ring
+        prefill = self._truth.prefill_seconds(0, tokens, width, math.inf, CHUNK, BLOCK) - self._truth.weights[STEP]
+        return (prefill + decode) * width / ring
 
     def run(self, work: Iterable[Arrival], *, until: float = float("inf")) -> list[Outcome]:
         """Serve all of it to the end (or to the time `until`); outcomes in order of arrival."""
@@ -112,7 +116,8 @@ class Simulation:
         name = f"r{number}"
         tokens = len(arrival.token_ids)
         outcome = self.outcomes[name] = Outcome(
-            arrival.kind, arrival.scheduling.tenant, arrival.at, tokens, self.alone_s(tokens))
+            arrival.kind, arrival.scheduling.tenant, arrival.at, tokens, self.alone_s(tokens),
+            ahead_s=self.scheduler.queued_seconds())
         try:
             self.scheduler.add(Request(
                 request_id=name, handle=number, token_ids=arrival.token_ids,
@@ -127,7 +132,9 @@ class Simulation:
         assert plan.rows, "work, and nothing to do"
         truth = self._truth.weights
         busiest = max(sum(w * x for w, x in zip(truth, row)) for row in self.scheduler._step_cost.ranks)
-        self.now += (busiest + truth[0]) * max(0.5, self._rng.gauss(1.0, NOISE))
+        seconds = (busiest + truth[STEP]) * max(0.5, self._rng.gauss(1.0, NOISE))
+        self.now += seconds
+        self.busy_s += seconds
         self.steps += 1
         sampled = [SampledTokens(rows.handle, [1], []) for rows in plan.rows if rows.sample]
         for update in self.scheduler.update(plan, ModelOutput(plan.step, sampled, [])):

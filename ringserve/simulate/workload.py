@@ -3,8 +3,8 @@
 import math
 import random
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from ringserve.scheduling_params import SchedulingParams
 
@@ -26,9 +26,12 @@ class Kind:
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
     at: float
+    number: int
     kind: str
-    token_ids: "array[int]"
+    prompt_tokens: int
     output_tokens: int
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    """Made when it is served: a million of them are not kept for all."""
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
 
 
@@ -42,24 +45,33 @@ TENANTS = (Kind(name="short", share=0.5, prompt=(128, 4096), output=(16, 256), t
 WORKLOADS = {"short-and-long": SHORT_AND_LONG, "shared-prefix": SHARED_PREFIX, "tenants": TENANTS}
 
 
-def arrivals(kinds: tuple[Kind, ...], rate: float, seconds: float, seed: int, burstiness: float = 1.0
-             ) -> Iterator[Arrival]:
-    """`rate` requests a second for so long. `burstiness` is the squared coefficient of variation of the gaps between
-    them: 1 is Poisson, more comes in bursts (gamma)."""
+def arrivals(kinds: tuple[Kind, ...], work_s: float, seconds: float, seed: int, cost: Callable[[Arrival], float],
+             burstiness: float = 1.0) -> Iterator[Arrival]:
+    """Requests whose costs add up to `work_s`, over so many seconds: so the load is what it is said to be, and not what
+    the few largest happen to make of it. `burstiness` is the squared coefficient of variation of the gaps between
+    arrivals: 1 is Poisson, more comes in bursts (gamma)."""
+    drawn: list[Arrival] = []
     rng = random.Random(seed)
-    now, number = 0.0, 0
-    while True:
-        now += rng.gammavariate(1 / burstiness, burstiness / rate)
-        if now >= seconds:
-            return
-        number += 1
-        kind = rng.choices(kinds, [k.share for k in kinds])[0]
-        length = _between(rng, kind.prompt)
-        prefix = min(kind.shared_prefix, length)
-        # One id for a whole text: what matters is only which texts are equal.
-        ids = array("I", [kinds.index(kind) + 1]) * prefix + array("I", [1000 + number]) * (length - prefix)
-        yield Arrival(at=now, kind=kind.name, token_ids=ids, output_tokens=_between(rng, kind.output),
-                      scheduling=SchedulingParams(tenant=kind.tenant))
+    now = spent = 0.0
+    while spent < work_s:
+        now += rng.gammavariate(1 / burstiness, burstiness)
+        drawn.append(_draw(kinds, now, len(drawn) + 1, rng))
+        spent += cost(drawn[-1])
+    for arrival in drawn:
+        yield replace(arrival, at=arrival.at * seconds / now, token_ids=_text(arrival, kinds))
+
+
+def _draw(kinds: tuple[Kind, ...], at: float, number: int, rng: random.Random) -> Arrival:
+    kind = rng.choices(kinds, [k.share for k in kinds])[0]
+    return Arrival(at=at, number=number, kind=kind.name, prompt_tokens=_between(rng, kind.prompt),
+                   output_tokens=_between(rng, kind.output), scheduling=SchedulingParams(tenant=kind.tenant))
+
+
+def _text(arrival: Arrival, kinds: tuple[Kind, ...]) -> "array[int]":
+    """One id for a whole text: what matters is only which texts are equal."""
+    place = next(i for i, kind in enumerate(kinds) if kind.name == arrival.kind)
+    prefix = min(kinds[place].shared_prefix, arrival.prompt_tokens)
+    return array("I", [place + 1]) * prefix + array("I", [1000 + arrival.number]) * (arrival.prompt_tokens - prefix)
 
 
 def _between(rng: random.Random, bounds: tuple[int, int]) -> int:

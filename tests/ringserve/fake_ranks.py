@@ -160,7 +160,8 @@ class Driven:
     def __init__(self, *, ring: int = 2, slots: int = 64, block: int = 4, chunk: int = 32, running: int = 8,
                  reserve: int = 8, groups: Sequence[LayerGroup] = (layer_group(),), policy: PolicyName = "fcfs",
                  prefix_cache: bool = False, width: int | None = 64, max_step_ms: float | None = None,
-                 weights: tuple[str, ...] = (), max_queue_s: float | None = None) -> None:
+                 weights: tuple[str, ...] = (), max_queue_s: float | None = None,
+                 ride_along: bool | None = None) -> None:
         self.block = block
         self.pool = BlockPool(ring, len(groups), slots)
         self.cost = CostModel(groups, 100.0, ring, MACHINE)
@@ -168,7 +169,8 @@ class Driven:
                                  enabled=prefix_cache)
         config = SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=running, output_reserve=reserve,
                                  policy=policy, ring_width=width, max_step_ms=max_step_ms, tenant_weights=weights,
-                                 max_queue_s=max_queue_s)
+                                 max_queue_s=max_queue_s,
+                                 ride_along=policy != "fcfs" if ride_along is None else ride_along)
         self.now = 0.0
         self.scheduler = Scheduler(config, self.cache, self.cost, clock=lambda: self.now)
         self.ranks = FakeRanks(self.pool, block)
