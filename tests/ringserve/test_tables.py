@@ -107,7 +107,7 @@ def test_a_table_grows_by_any_steps(steps: list[int]) -> None:
         table.know(TokensKnown(1, len(tokens), pack_ids(array("I", new))))
         tokens += new
         dealt = list(range(len(blocks), len(blocks) + step))
-        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], [dealt, [b + 1 for b in dealt]], [0] * len(dealt)))
+        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], [dealt, [b + 1 for b in dealt]], [0] * step))
         blocks += dealt
     assert table.token_ids[:table.num_tokens].tolist() == tokens
     assert table.holders[:table.num_blocks].tolist() == [b % 3 for b in blocks]
