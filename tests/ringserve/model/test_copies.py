@@ -63,14 +63,14 @@ def test_every_block_comes_to_its_slot_and_nothing_else_changes(drawn: tuple[int
     caches = [filled_layers(rank) for rank in range(size)]
     expected = [filled_layers(rank) for rank in range(size)]
     for copy in plan:
-        for layer, group in enumerate(GROUP_OF):
-            source, destination = expected[copy.source][layer], expected[copy.destination][layer]
+        for number, group in enumerate(GROUP_OF):
+            source, destination = expected[copy.source][number], expected[copy.destination][number]
             a, b = copy.source_slots[group] * BLOCK, copy.destination_slots[group] * BLOCK
             destination.k_KPD[:, b:b + BLOCK] = source.k_KPD[:, a:a + BLOCK]
             destination.v_KPD[:, b:b + BLOCK] = source.v_KPD[:, a:a + BLOCK]
 
     def work(ring: ThreadRing) -> torch.Tensor:
-        copy_blocks(plan, caches[ring.rank], GROUP_OF, BLOCK, most, ring)
+        copy_blocks(plan, caches[ring.rank], GROUP_OF, BLOCK, most, ring)  # type: ignore[arg-type]
         return torch.empty(0)
 
     _, rings = run_ring(size, work)
