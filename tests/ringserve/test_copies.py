@@ -29,8 +29,8 @@ from tests.ringserve.thread_ranks import thread_engine
 SLOTS = 96
 PREFIX, PROMPT, LENGTH = 8 * BLOCK, 12 * BLOCK + 9, 13 * BLOCK + 3
 """Tokens of a text: a prefix of complete blocks, the rest of its prompt, and some to be decoded one by one."""
-FAMILIES = ["llama", "gemma3", "gpt-oss"]
-"""One layer group; two, so that a block has another slot in each; two and sinks."""
+FAMILIES = ["gemma3", "gpt-oss"]
+"""Two layer groups, so that a block has another slot in each; the same with sinks."""
 
 Logits = dict[int, bytes]
 """fp32 bytes by position."""
