@@ -117,9 +117,9 @@ class RingConfig:
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     max_step_ms: float | None = None
-    """Milliseconds that a step should last at most while requests share the ring: what a new request waits before it
-    is seen, and the longest gap between two tokens. Unset: what a full chunk takes at the start of a prompt, but 100 to
-    500."""
+    """Milliseconds that a step should last at most: what a new request waits before it is seen, and the longest gap
+    between two tokens. Unset: what a full chunk takes at the start of a prompt, but 100 to 500; 500 while a request is
+    alone."""
 
     policy: PolicyName = "slack-floor"
     """Which prefills get the time of a step first. See docs/scheduling.md for the comparison."""

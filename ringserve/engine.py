@@ -24,6 +24,8 @@ CACHE_SHARE = 0.6
 WARM_UP = "warm-up"
 STEP_MS = (100.0, 500.0)
 """Bounds of the default of `max_step_ms`."""
+ALONE_S = 0.5
+"""The same for a request that is alone: whoever comes next waits that long, once."""
 
 
 class LLMEngine:
@@ -138,9 +140,12 @@ class LLMEngine:
         asked = self.config.scheduler.max_step_ms
         if asked is None:
             self.scheduler.budget_s = min(max(seconds * 1000, STEP_MS[0]), STEP_MS[1]) / 1000
+            self.scheduler.alone_budget_s = max(ALONE_S, self.scheduler.budget_s)
         self.scheduler.cache.clear()
-        self.decisions.append(f"steps of at most {self.scheduler.budget_s * 1000:.0f} ms "
-                              f"({'asked for' if asked is not None else f'a chunk of {chunk} tokens took so long'})"
+        why = "asked for" if asked is not None else (
+            f"a chunk of {chunk} tokens took {seconds * 1000:.0f} ms), {self.scheduler.alone_budget_s * 1000:.0f} ms "
+            "while a request is alone (less is wasted")
+        self.decisions.append(f"steps of at most {self.scheduler.budget_s * 1000:.0f} ms ({why})"
                               + (", costs known from an earlier start" if known else ""))
 
     def _run_alone(self, tokens: int, output: int, *, everywhere: bool) -> float:

@@ -73,10 +73,11 @@ class Placer:
                 found[number] = block
         return found
 
-    def place(self, request: Request, blocks: int, reserve: int, loads: Sequence[float]) -> Placement | None:
+    def place(self, request: Request, blocks: int, reserve: int, loads: Sequence[float],
+              keep: int = 0) -> Placement | None:
         """Where the request's `blocks` and `reserve` more would lie now; None when there is no room. `loads`: [ranks]
-        seconds of work that each has."""
-        room = [self._cache.room_on(rank) for rank in range(self._ring)]
+        seconds of work that each has. `keep`: slots of each rank that must stay free."""
+        room = [self._cache.room_on(rank) - keep for rank in range(self._ring)]
         found = self.find(request)
         width = self.width_of(request)
         for ranks in self._candidates(request, found, width, loads):

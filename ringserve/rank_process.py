@@ -88,7 +88,7 @@ class RankProcess:
                               for kind, masked in (("dense past", False), ("masked frontier", True))})))
 
     def _message_bytes(self, heads: int, kv_heads: int, key_dim: int, value_dim: int, element: int) -> int:
-        """The largest of: a segment of keys, a chunk's queries, a chunk's partial results."""
+        """The largest of: a segment of keys, or copied blocks of as many; a chunk's queries; its partial results."""
         config = self._setup.config
         segment = max(config.ring.ring_segment, config.cache.block_size) * kv_heads * (key_dim + value_dim) * element
         rows = config.scheduler.max_chunk_tokens * heads

@@ -47,8 +47,13 @@ RIDE_SHARE = 0.5
 """Of a step's budget, for short prefills whatever the policy says: they need not wait until they are late."""
 DEADLINE_BASE_S, DEADLINE_STRETCH = 1.0, 3.0
 """The default wish for a first token: a second, and three times the prefill's own time."""
+SMALL = 1 / 16
+"""Of a request's blocks: one so much smaller does not delay it. Of each rank's slots: kept for small requests, so that
+long prompts that wait for each other do not make everybody wait."""
 PATIENCE = 2.0
 """Requests pass one that does not fit yet until it has waited this many times its own time (and a second)."""
+QUIET_S = 10.0
+"""Without another request for so long, one is alone."""
 PACE_MEMORY_S = 5.0
 FORECAST_S = 0.25
 """A forecast is good for so long."""
@@ -66,6 +71,8 @@ class Scheduler:
         self.block_size = cache.block_size
         self.budget_s = math.inf if config.max_step_ms is None else config.max_step_ms / 1000
         """Most seconds that a step should last. The engine sets it when the operator did not."""
+        self.alone_budget_s = self.budget_s
+        """The same while one request has been alone for a while: larger steps waste less."""
         self.epoch = 0
         self.cancelled: Counter[str] = Counter()
         """Requests cancelled while `queued`, in `prefill` or in `decode`."""
@@ -84,9 +91,13 @@ class Scheduler:
         self._by_id: dict[str, Request] = {}
         self._released: list[int] = []
         self._copies: list[BlockCopy] = []
+        self._copying: set[int] = set()
+        """Handles of the requests that these are for."""
         self._in_flight: list[tuple[Request, ScheduledRows]] = []
         self._step_started = 0.0
         self._step_cost = StepCost(cost)
+        self._last_company = -math.inf
+        """When a request last came while another was there."""
         self._pace = 1.0
         self._forecasts: dict[int, float] = {}
         self._forecast_at = -math.inf
@@ -102,6 +113,8 @@ class Scheduler:
         if request.request_id in self._by_id:
             raise InvalidValueError(f"request id {request.request_id!r} is already in use", "request_id")
         self._check_load(request)
+        if self._by_id:
+            self._last_company = self._clock()
         self._by_id[request.request_id] = request
         self._waiting.append(request)
         self._full = False
@@ -198,7 +211,7 @@ class Scheduler:
 
     def _pick_prefills(self, cost: StepCost, picked: list[tuple[Request, list[tuple[int, int]]]],
                        prefills: list[Request], left: int, now: float) -> None:
-        base = cost.seconds()
+        base, budget_s = cost.seconds(), self._budget(now)
         order: list[tuple[Key, Request]] = []
         riders: list[tuple[float, float, int, Request]] = []
         for request in prefills:
@@ -209,7 +222,7 @@ class Scheduler:
                 riders.append((served, request.deadline, request.handle, request))
         done: set[int] = set()
         taken = 0
-        ride_until = base + RIDE_SHARE * max(self.budget_s - base, 0.0)
+        ride_until = base + RIDE_SHARE * max(budget_s - base, 0.0)
         for *_, request in sorted(riders):
             if used := self._take(request, left - taken, cost, ride_until, 0, picked, now):
                 taken += used
@@ -220,9 +233,13 @@ class Scheduler:
             if request.handle in done or request.status is not RequestStatus.RUNNING:
                 continue
             # Whoever is first gets something, whatever it costs: nobody starves.
-            least, limit = (0, self.budget_s) if taken else (
-                self.block_size, max(self.budget_s, base + LEAST_SHARE * self.budget_s))
+            least, limit = (0, budget_s) if taken else (
+                self.block_size, max(budget_s, base + LEAST_SHARE * budget_s))
             taken += self._take(request, left - taken, cost, limit, least, picked, now)
+
+    def _budget(self, now: float) -> float:
+        alone = len(self._by_id) == 1 and now - self._last_company >= QUIET_S
+        return self.alone_budget_s if alone else self.budget_s
 
     def _take(self, request: Request, most: int, cost: StepCost, limit_s: float, least: int,
               picked: list[tuple[Request, list[tuple[int, int]]]], now: float) -> int:
@@ -301,7 +318,7 @@ class Scheduler:
                                       sample=count == len(request.token_ids) - request.done))
         self._in_flight = [(request, r) for (request, _), r in zip(picked, rows)]
         released, self._released = self._released, []
-        copies, self._copies = self._copies, []
+        copies, self._copies, self._copying = self._copies, [], set()
         self._step_started = self._clock()
         return SchedulerOutput(epoch=self.epoch, step=self._step, new=new, tokens=tokens, blocks=blocks,
                                copies=copies, rows=rows, released=released)
@@ -419,16 +436,18 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Start waiting requests whose blocks and output's reserve fit, the most urgent first. Those behind one that
-        does not fit may pass it, until it has waited long: then the room that comes free is kept for it."""
+        does not fit may pass it, until it has waited long: then the room that comes free is kept for it, but for those
+        that are much smaller."""
         if not self._waiting or self._full or len(self._running) >= self.config.most_running:
             return
+        most = math.inf
         for request in sorted(self._waiting, key=lambda r: self._order(r, now)):
             if len(self._running) >= self.config.most_running:
                 return
-            if self._start(request, now):
+            if len(request.token_ids) > most or self._start(request, now):
                 continue
             if now - request.arrival > 1.0 + PATIENCE * request.total_s:
-                break
+                most = min(most, len(request.token_ids) * SMALL)
         self._full = bool(self._waiting)
 
     def _order(self, request: Request, now: float) -> Key:
@@ -440,7 +459,7 @@ class Scheduler:
         known = len(request.token_ids)
         until = min(request.max_total_tokens, known + self.config.output_reserve)
         placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
-                                       self._loads())
+                                       self._loads(), self._kept_back(until))
         if placement is None:
             return False
         self._waiting.remove(request)
@@ -452,6 +471,12 @@ class Scheduler:
                               1e-6)
         self._running[request.handle] = request
         return True
+
+    def _kept_back(self, tokens: int) -> int:
+        """Slots of each rank that a request of this length must leave."""
+        if not self._running or self._blocks(tokens) <= self.pool.total * SMALL / 4:
+            return 0
+        return int(self.pool.slots_per_rank * SMALL)
 
     def _take_blocks(self, request: Request, placement: Placement) -> None:
         cache, size = self.cache, self.block_size
@@ -469,22 +494,23 @@ class Scheduler:
             block = found.get(number) or made[number]
             block.index = number
             if rank not in block.copies:
-                self._copy(block, rank)
+                self._copy(block, rank, request.handle)
             request.take_block(block, rank)
             if number in made and number < len(request.keys):
                 cache.publish(block, request.keys[number],
                               request.token_ids[number * size:(number + 1) * size].tobytes())
 
-    def _copy(self, block: Block, rank: int) -> None:
+    def _copy(self, block: Block, rank: int, handle: int) -> None:
         assert block.computed == self.block_size
         source = next(iter(block.copies.values()))
         copy = self.cache.add_copy(block, rank)
+        self._copying.add(handle)
         self._copies.append(BlockCopy(source.rank, rank, list(source.slots), list(copy.slots)))
 
     def _make_room(self, request: Request, until: int, now: float) -> bool:
         """Blocks for the tokens before `until`. When no rank has room, the request with the most slack is parked, but
         never the oldest: so that one always goes on, and no two can evict each other in a circle. False when the
-        request was parked itself."""
+        request was parked itself, or has to wait a step."""
         while len(request.blocks) < self._blocks(until):
             try:
                 self._grow(request)
@@ -492,6 +518,10 @@ class Scheduler:
                 oldest = min(self._running.values(), key=lambda r: (r.arrival, r.handle))
                 others = [r for r in self._running.values() if r is not oldest]
                 assert others, "one request alone always fits"
+                # Not one whose blocks are about to be copied: its plan would name slots that are given away.
+                others = [r for r in others if r.handle not in self._copying]
+                if not others:
+                    return False
                 victim = max(others, key=lambda r: (self._slack(r, now), r.arrival, r.handle))
                 self._park(victim)
                 if victim is request:
@@ -639,7 +669,7 @@ class Scheduler:
         until = min(request.max_total_tokens, known + self.config.output_reserve)
         found = self._placer.find(request)
         placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
-                                       self._loads())
+                                       self._loads(), self._kept_back(until))
         cached = sum(self.block_size for _ in found)
         width = len(placement.ranks) if placement is not None else self._placer.width_of(request)
         own = self._prefill_seconds(min(cached, known - 1), known, width)

@@ -11,11 +11,12 @@ from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.ring import Ring, Ticket
 from ringserve_kernels.ring_attention import ring_attention
 from ringserve_kernels.ring_plan import RingPlan, RingSequence, plan_ring
+from ringserve_kernels.rounds import Message, Rounds
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import attend_tile, backend
 
 __all__ = [
-    "AttentionPlan", "AttentionSpec", "KeyBlocks", "KeyValues", "Ring", "RingPlan", "RingSequence", "RowSpan",
-    "Ticket", "attend", "attend_tile", "backend", "merge_attention_states", "merge_rows", "merge_sink", "new_state",
-    "plan_attention", "plan_ring", "reference_attention", "ring_attention",
+    "AttentionPlan", "AttentionSpec", "KeyBlocks", "KeyValues", "Message", "Ring", "RingPlan", "RingSequence",
+    "Rounds", "RowSpan", "Ticket", "attend", "attend_tile", "backend", "merge_attention_states", "merge_rows",
+    "merge_sink", "new_state", "plan_attention", "plan_ring", "reference_attention", "ring_attention",
 ]

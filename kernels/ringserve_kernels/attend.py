@@ -23,6 +23,21 @@ class KeyValues:
     k_KPD: Tensor
     v_KPD: Tensor
 
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's key and value, over all heads."""
+        (heads, _, key_dim), value_dim = self.k_KPD.shape, self.v_KPD.shape[2]
+        return heads * (key_dim + value_dim) * self.k_KPD.element_size()
+
+    def laid_over(self, message: Tensor) -> "KeyValues":
+        """A message of the ring, uint8 [tokens * token_bytes], as keys and values like these: all of K, then all
+        of V, head-major."""
+        (heads, _, key_dim), value_dim = self.k_KPD.shape, self.v_KPD.shape[2]
+        flat = message.view(self.k_KPD.dtype)
+        tokens = len(flat) // (heads * (key_dim + value_dim))
+        cut = heads * tokens * key_dim
+        return KeyValues(flat[:cut].view(heads, tokens, key_dim), flat[cut:].view(heads, tokens, value_dim))
+
 
 def attend(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionSpec,
            into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ A window layer gathers, per tile of rows, only the keys inside the window.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,12 +28,11 @@ TILE_ROWS = 256
 DENSE_KEYS = 512
 """Shorter runs are gathered: below this the dense op's own cost per call dominates."""
 
-
 MOST_KEYS = 16_384
 """In one dense call: backends copy the keys into a layout of their own, and memory must not grow with the prompt."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what costs a pass over all blocks is found once
 class KeyBlocks:
     """Blocks of keys of one sequence in one storage, in ascending order of token index."""
 
@@ -51,28 +51,44 @@ class KeyBlocks:
         return int(self.length.sum())
 
     def take(self, which: "slice | NDArray[np.bool_]") -> "KeyBlocks":
+        if isinstance(which, slice) and which.indices(len(self)) == (0, len(self), 1):
+            return self
         return KeyBlocks(self.first[which], self.length[which], self.offset[which])
+
+    def num_until(self, index: int) -> int:
+        """How many blocks have their last key at or before this token index."""
+        n = int(np.searchsorted(self.first, index, side="right"))
+        return n - 1 if n and self.first[n - 1] + self.length[n - 1] - 1 > index else n
 
     def in_reach(self, row_index: Ints, window: int | None) -> "KeyBlocks":
         """The blocks with at least one key that at least one of these rows (ascending) may see."""
         if len(row_index) == 0 or len(self) == 0:
             return self.take(slice(0, 0))
         stop = int(np.searchsorted(self.first, row_index[-1], side="right"))
-        start = 0
-        if window is not None:
-            last = self.first + self.length - 1
-            start = int(np.searchsorted(last, row_index[0] - window, side="right"))
+        start = 0 if window is None else self.num_until(int(row_index[0]) - window)
         return self.take(slice(start, max(start, stop)))
+
+    @cached_property
+    def run_edges(self) -> Ints:
+        """[runs + 1] Blocks edges[i] .. edges[i+1] - 1 are adjacent in the storage."""
+        cuts = np.flatnonzero(self.offset[1:] != self.offset[:-1] + self.length[:-1]) + 1
+        return np.concatenate(([0], cuts, [len(self)])) if len(self) else np.zeros(1, dtype=np.int64)
 
     def runs(self) -> list[tuple[int, int]]:
         """(offset, length) of the stretches that are contiguous in the storage, in order."""
-        if len(self) == 0:
-            return []
-        ends = self.offset + self.length
-        cuts = np.flatnonzero(self.offset[1:] != ends[:-1]) + 1
-        starts = np.concatenate(([0], cuts))
-        stops = np.concatenate((cuts, [len(self)]))
-        return [(int(self.offset[a]), int(ends[b - 1] - self.offset[a])) for a, b in zip(starts, stops)]
+        offset, length = self._runs
+        return list(zip(offset.tolist(), length.tolist()))
+
+    @cached_property
+    def _runs(self) -> tuple[Ints, Ints]:
+        edges = self.run_edges
+        offset, last = self.offset[edges[:-1]], edges[1:] - 1
+        return offset, self.offset[last] + self.length[last] - offset
+
+    def without_runs(self, long: int) -> "KeyBlocks":
+        """The blocks of the runs of fewer than `long` keys."""
+        short = self._runs[1] < long
+        return self.take(np.repeat(short, np.diff(self.run_edges)) if short.any() else slice(0, 0))
 
     def keys(self) -> tuple[Ints, Ints]:
         """(token index, storage offset) of every single key, ascending."""
@@ -153,15 +169,13 @@ def plan_attention(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], wi
 
 
 def _causal_tiles(span: RowSpan, blocks: KeyBlocks, dense: list[DenseTile], tiles: list[_Tile]) -> None:
-    last = blocks.first + blocks.length - 1
-    past = int(np.searchsorted(last, span.index[0], side="right"))
+    past = blocks.num_until(int(span.index[0]))
     short = [_dense(span, 0, len(span.index), blocks.take(slice(0, past)), dense)]
     frontier = blocks.take(slice(past, None))
-    frontier_last = last[past:]
     step = TILE_ROWS if len(frontier) else max(len(span.index), 1)
     for a in range(0, len(span.index), step):
         b = min(a + step, len(span.index))
-        before = int(np.searchsorted(frontier_last, span.index[a], side="right"))
+        before = frontier.num_until(int(span.index[a]))
         until = int(np.searchsorted(frontier.first, span.index[b - 1], side="right"))
         rest = [_dense(span, a, b, frontier.take(slice(0, before)), dense), frontier.take(slice(before, until))]
         index, offset = (np.concatenate(parts) for parts in zip(*(part.keys() for part in short + rest)))
@@ -171,15 +185,11 @@ def _causal_tiles(span: RowSpan, blocks: KeyBlocks, dense: list[DenseTile], tile
 
 def _dense(span: RowSpan, a: int, b: int, blocks: KeyBlocks, dense: list[DenseTile]) -> KeyBlocks:
     """Add dense tiles for the long runs of these blocks; return the blocks of the short ones."""
-    if len(blocks) == 0:
-        return blocks
-    keep = np.ones(len(blocks), dtype=bool)
     for offset, length in blocks.runs():
         if length >= DENSE_KEYS:
             dense.extend(DenseTile(span.start + a, span.start + b, start, min(start + MOST_KEYS, offset + length))
                          for start in range(offset, offset + length, MOST_KEYS))
-            keep &= (blocks.offset < offset) | (blocks.offset >= offset + length)
-    return blocks.take(keep)
+    return blocks.without_runs(DENSE_KEYS)
 
 
 def _window_tiles(span: RowSpan, blocks: KeyBlocks, window: int) -> Iterable[_Tile]:

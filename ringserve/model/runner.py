@@ -8,6 +8,7 @@ import torch
 from ringserve_kernels import RingPlan, plan_ring, ring_attention
 from torch import Tensor, nn
 
+from ringserve.model.copies import copy_blocks
 from ringserve.model.kv_cache import KVCache
 from ringserve.model.layers import AttentionLayer, forward
 from ringserve.model.sampler import SampleInput, sample
@@ -68,22 +69,30 @@ class ModelRunner:
         self._cache = KVCache([layer.spec for layer in self.layers], slots, self._block_size, self.dtype, self.device)
 
     def execute(self, plan: SchedulerOutput) -> RankOutput:
-        """Compute this rank's rows of the plan and report."""
+        """Copy blocks as the plan says, compute this rank's rows of it, and report."""
         started = time.perf_counter()
         self._ring.reset_statistics()
         self._ring.begin_step(plan.step, plan.epoch)
+        copy_blocks(plan.copies, self._cache.layers, self._group_of, self._block_size,
+                    max(1, self._segment // self._block_size), self._ring)
+        copies_wait_s = self._ring.statistics().wait_s
         rows = self._tables.apply(plan)
         plans = [plan_ring(self._ring.rank, self._ring.size, rows.sequences[g], group.window, self._segment,
                            self.device) for g, group in enumerate(self.groups)]
         step = StepAttention(self.layers, self._group_of, self._cache, self._ring, plans,
-                        [torch.from_numpy(offsets).to(self.device) for offsets in rows.write_at])
+                             [torch.from_numpy(offsets).to(self.device) for offsets in rows.write_at])
         sampled: list[SampledTokens] = []
         logits: list[RowLogits] = []
         if len(rows.token_ids):
             sampled, logits = self._forward(rows, step)
         else:
             self._serve(step, plans)
-        return self._report(plan, step, sampled, logits, time.perf_counter() - started)
+        moved = self._ring.statistics()
+        times = RankTimes(total=time.perf_counter() - started, wait=moved.wait_s,
+                          attention=step.attention_s - (moved.wait_s - copies_wait_s))
+        return RankOutput(step=plan.step, rank=self._ring.rank, sampled=sampled, logits=logits, times=times,
+                          bytes_sent=list(moved.sent_bytes),
+                          peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def _forward(self, rows: StepRows, step: StepAttention) -> tuple[list[SampledTokens], list[RowLogits]]:
         wanted = torch.tensor([s.row for s in rows.samples], dtype=torch.int64, device=self.device)
@@ -105,12 +114,3 @@ class ModelRunner:
                 step.attend(number, *(torch.empty(1, heads, 0, dim, dtype=self.dtype, device=self.device)
                                       for heads, dim in ((s.num_heads, s.key_dim), (s.num_kv_heads, s.key_dim),
                                                          (s.num_kv_heads, s.value_dim))))
-
-    def _report(self, plan: SchedulerOutput, step: StepAttention, sampled: list[SampledTokens],
-                logits: list[RowLogits], total: float) -> RankOutput:
-        moved = self._ring.statistics()
-        return RankOutput(
-            step=plan.step, rank=self._ring.rank, sampled=sampled, logits=logits,
-            bytes_sent=list(moved.sent_bytes),
-            times=RankTimes(total=total, attention=step.attention_s - moved.wait_s, wait=moved.wait_s),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

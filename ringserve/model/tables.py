@@ -32,6 +32,8 @@ class RequestTable:
     holders: Ints = field(default_factory=lambda: np.zeros(16, dtype=np.int64))
     computed: Ints = field(default_factory=lambda: np.zeros(16, dtype=np.int64))
     slots: list[Ints] = field(default_factory=list)
+    _held: dict[int, "HeldKeys"] = field(default_factory=dict, init=False)
+    """By rank, kept from step to step: a decode step of a million tokens must not look at every block."""
 
     def __post_init__(self) -> None:
         self.slots = [np.zeros(16, dtype=np.int64) for _ in range(self.groups)]
@@ -45,6 +47,8 @@ class RequestTable:
 
     def deal(self, dealt: BlocksDealt) -> None:
         stop = dealt.start + len(dealt.holders)
+        if dealt.start < self.num_blocks or any(dealt.computed):
+            self._held.clear()
         self.holders, self.computed = _grow(self.holders, stop), _grow(self.computed, stop)
         self.slots = [_grow(slots, stop) for slots in self.slots]
         self.holders[dealt.start:stop] = dealt.holders
@@ -55,13 +59,40 @@ class RequestTable:
 
     def mark_computed(self, positions: Ints, block_size: int) -> None:
         blocks = positions // block_size
+        touched = np.unique(blocks)
+        begun = touched[self.computed[touched] == 0]
         np.maximum.at(self.computed, blocks, positions % block_size + 1)
+        for rank in self._held.keys() & set(self.holders[touched].tolist()):
+            held = self._held[rank]
+            mine = begun[self.holders[begun] == rank]
+            if len(mine):
+                merged = np.insert(held.blocks, np.searchsorted(held.blocks, mine), mine)
+                self._held[rank] = self._held_keys(merged, block_size)
+            else:
+                length = self.computed[held.blocks]
+                self._held[rank] = HeldKeys(held.blocks, [KeyBlocks(k.first, length, k.offset) for k in held.keys])
 
     def keys(self, rank: int, group: int, block_size: int) -> KeyBlocks:
         """The computed keys that a rank holds."""
-        n = self.num_blocks
-        held = np.flatnonzero((self.holders[:n] == rank) & (self.computed[:n] > 0))
-        return KeyBlocks(held * block_size, self.computed[held], self.slots[group][held] * block_size)
+        if rank not in self._held:
+            n = self.num_blocks
+            self._held[rank] = self._held_keys(
+                np.flatnonzero((self.holders[:n] == rank) & (self.computed[:n] > 0)), block_size)
+        return self._held[rank].keys[group]
+
+    def _held_keys(self, blocks: Ints, block_size: int) -> "HeldKeys":
+        first, length = blocks * block_size, self.computed[blocks]
+        return HeldKeys(blocks, [KeyBlocks(first, length, slots[blocks] * block_size) for slots in self.slots])
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKeys:
+    """The keys of a request that one rank holds. A value: what a step changes, it makes anew."""
+
+    blocks: Ints
+    """Those with a computed token, ascending."""
+    keys: list[KeyBlocks]
+    """[groups]"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,9 @@ class FakeRanks:
             table.blocks += zip(dealt.holders, zip(*dealt.slots), strict=True)
             for number, computed in enumerate(dealt.computed, dealt.start):
                 table.computed |= set(range(number * self._block_size, number * self._block_size + computed))
+        written = [(copy.destination, *copy.destination_slots) for copy in plan.copies]
+        assert len(written) == len(set(written)), "a slot written twice"
+        assert not {(copy.source, *copy.source_slots) for copy in plan.copies} & set(written), "a copy of a copy"
         for copy in plan.copies:
             assert copy.source != copy.destination
             for group, (source, destination) in enumerate(zip(copy.source_slots, copy.destination_slots)):

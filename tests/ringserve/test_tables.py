@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringserve.model.tables import RequestTable, StepRows, Tables
-from ringserve.plan import BlocksDealt, NewRequest, SchedulerOutput, TokensKnown, pack_ids
+from ringserve.plan import BlocksDealt, NewRequest, ScheduledRows, SchedulerOutput, TokensKnown, pack_ids
 from ringserve.sampling_params import SamplingParams
 from tests.ringserve.fake_ranks import Driven, FakeTable, layer_group
 
@@ -107,8 +107,7 @@ def test_a_table_grows_by_any_steps(steps: list[int]) -> None:
         table.know(TokensKnown(1, len(tokens), pack_ids(array("I", new))))
         tokens += new
         dealt = list(range(len(blocks), len(blocks) + step))
-        slots = [dealt, [b + 1 for b in dealt]]
-        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], slots, [0] * len(dealt)))
+        table.deal(BlocksDealt(1, len(blocks), [b % 3 for b in dealt], [dealt, [b + 1 for b in dealt]], [0] * step))
         blocks += dealt
     assert table.token_ids[:table.num_tokens].tolist() == tokens
     assert table.holders[:table.num_blocks].tolist() == [b % 3 for b in blocks]
@@ -126,3 +125,55 @@ def test_blocks_dealt_again_are_missing_again() -> None:
     assert len(table.keys(1, 0, 4)) == len(table.keys(2, 0, 4)) == 0
     table.mark_computed(np.array([4, 5]), 4)
     assert table.keys(2, 0, 4).keys()[1].tolist() == [28, 29]
+
+
+def assert_keys_are_those_of_a_scan(table: RequestTable, rank: int, block: int) -> None:
+    """Block by block, from the columns of the table alone."""
+    held = [b for b in range(table.num_blocks) if table.holders[b] == rank and table.computed[b]]
+    for group in range(table.groups):
+        keys = table.keys(rank, group, block)
+        assert keys.first.tolist() == [b * block for b in held]
+        assert keys.length.tolist() == [table.computed[b] for b in held]
+        assert keys.offset.tolist() == [table.slots[group][b] * block for b in held]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(1, 5))
+def test_keys_that_are_kept_are_those_of_a_scan(data: st.DataObject, ring: int, block: int) -> None:
+    """Blocks begun and completed in any order, dealt anew, dealt with keys; ranks asked for now and then."""
+    table = RequestTable(NewRequest(1, SamplingParams(), 0, (), 1), groups=2)
+    for step in range(data.draw(st.integers(1, 12), label="steps")):
+        if step == 0 or data.draw(st.booleans(), label="deal"):
+            start = data.draw(st.integers(0, table.num_blocks), label="start")
+            count = data.draw(st.integers(1, 20), label="blocks")
+            holders, computed = (data.draw(st.lists(st.integers(0, most), min_size=count, max_size=count))
+                                 for most in (ring - 1, data.draw(st.sampled_from([0, block]))))
+            table.deal(BlocksDealt(1, start, holders, [list(range(n, n + count)) for n in (step, 50 * step)], computed))
+        else:
+            positions = data.draw(st.sets(st.integers(0, table.num_blocks * block - 1), min_size=1), label="positions")
+            before = [table.keys(rank, 0, block) for rank in range(ring)]
+            lengths = [keys.length.tolist() for keys in before]
+            table.mark_computed(np.array(sorted(positions)), block)
+            assert [keys.length.tolist() for keys in before] == lengths, "a plan in use was changed"
+        for rank in data.draw(st.sets(st.integers(0, ring - 1)), label="asked"):
+            assert_keys_are_those_of_a_scan(table, rank, block)
+    for rank in range(ring):
+        assert_keys_are_those_of_a_scan(table, rank, block)
+
+
+def test_two_requests_may_name_the_same_slots() -> None:
+    """A prefix that is shared: each reads it, each goes on in blocks of its own, one may end before the other."""
+    def rows(handle: int, start: int, stop: int) -> ScheduledRows:
+        return ScheduledRows(handle, [(start, stop)], ["pass-kv"], sample=False)
+
+    tables = Tables(0, 2, 1, 4)
+    tables.apply(SchedulerOutput(
+        epoch=0, step=1, new=[NewRequest(handle, SamplingParams(), 0, (), 12) for handle in (1, 2)],
+        tokens=[TokensKnown(handle, 0, pack_ids(array("I", range(12)))) for handle in (1, 2)],
+        blocks=[BlocksDealt(1, 0, [0, 0, 0], [[5, 2, 3]], [0] * 3)], rows=[rows(1, 0, 8)]))
+    both = tables.apply(SchedulerOutput(epoch=0, step=2, blocks=[BlocksDealt(2, 0, [0, 0, 0], [[5, 2, 9]], [4, 4, 0])],
+                                        rows=[rows(1, 8, 10), rows(2, 8, 12)]))
+    assert [s.keys[0].offset.tolist() for s in both.sequences[0]] == [[20, 8, 12], [20, 8, 36]]
+    assert both.write_at[0].tolist() == [12, 13, 36, 37, 38, 39]
+    last = tables.apply(SchedulerOutput(epoch=0, step=3, released=[2], rows=[rows(1, 10, 12)]))
+    assert last.sequences[0][0].keys[0].keys()[1].tolist() == [20, 21, 22, 23, 8, 9, 10, 11, 12, 13, 14, 15]
