@@ -172,6 +172,16 @@ def deal(ranks: Sequence[int], count: int, held: Sequence[int], room: Sequence[i
         fitting = [rank for rank in ranks if room[rank] > 0]
         if not fitting:
             return None
+        if len({held[rank] for rank in fitting}) == 1:
+            # All equal: from here on it goes round, in one order, until a rank is full.
+            rounds = min(min(room[rank] for rank in fitting), count - len(holders)) // stripe // len(fitting)
+            order = sorted(fitting, key=lambda r: (-room[r], r))
+            holders += [rank for rank in order for _ in range(stripe)] * rounds
+            for rank in order:
+                held[rank] += rounds * stripe
+                room[rank] -= rounds * stripe
+            if len(holders) == count:
+                break
         rank = min(fitting, key=lambda r: (held[r], -room[r], r))
         size = min(stripe, count - len(holders), room[rank])
         holders += [rank] * size

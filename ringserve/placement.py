@@ -5,6 +5,7 @@ cache are used where they are; a narrow request has those of another rank copied
 waiting for the busier rank, so that a hot system prompt makes no rank hot and no chat wide.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ringserve.request import Request
 
 GAIN = 0.75
 """Twice the ranks must make a request 1.5 times as fast: the time of the others is not free."""
+PROBES = 16
 TYPICAL_OUTPUT = 128
 """Output tokens that count when a width is chosen, if so many may come."""
 
@@ -66,12 +68,16 @@ class Placer:
         its logits are needed, and a shared block is never written twice."""
         size, token_ids = self._cache.block_size, request.token_ids
         count = min(len(request.keys), (len(token_ids) - 1) // size)
-        found: dict[int, Block] = {}
-        for number in range(count):
-            block = self._cache.find(request.keys[number], token_ids[number * size:(number + 1) * size].tobytes())
-            if block is not None:
-                found[number] = block
-        return found
+
+        def look(number: int) -> Block | None:
+            return self._cache.find(request.keys[number], token_ids[number * size:(number + 1) * size].tobytes())
+
+        # A million tokens are 16,384 blocks, and whoever waits is looked up again and again: first a few, early and
+        # throughout. What is lost is a short stretch in the middle of a long prompt.
+        if not any(look(number) for number in _probes(count)):
+            return {}
+        found = ((number, look(number)) for number in range(count))
+        return {number: block for number, block in found if block is not None}
 
     def place(self, request: Request, blocks: int, reserve: int, loads: Sequence[float],
               keep: int = 0) -> Placement | None:
@@ -123,7 +129,7 @@ class Placer:
             where[number] = rank
             held[rank] += 1
         used = sorted({*ranks, *where.values()})
-        if min(room) < 0:
+        if min(room[rank] for rank in used) < 0 or blocks - len(found) + reserve > sum(room[rank] for rank in used):
             return None
         made = deal(used if len(ranks) > 1 else ranks, blocks - len(found), held, room)
         if made is None:
@@ -139,3 +145,8 @@ class Placer:
         if later is None:
             return None
         return Placement(used, holders, [later.count(rank) for rank in range(self._ring)], found)
+
+
+def _probes(count: int) -> list[int]:
+    early = itertools.takewhile(lambda n: n < count, (0, *(1 << i for i in range(40))))
+    return sorted({*early, *range(0, count, max(1, count // PROBES))})

@@ -139,16 +139,18 @@ class PrefixCache:
         if count > self.pool.free_on(rank) + self._idle[rank]:
             raise NoFreeSlotsError(f"{count} slots wanted on rank {rank}, {self.pool.free_on(rank)} free and "
                                    f"{self._idle[rank]} idle")
-        while self.pool.free_on(rank) < count:
+        gone: list[Copy] = []
+        while self.pool.free_on(rank) + len(gone) < count:
             worth, _, block = heapq.heappop(self._heaps[rank])
             if block.users or block.worth != worth or rank not in block.copies:
                 continue  # it was used, or evicted, since
             self._floor = worth
-            self._idle[rank] -= 1
-            self.evicted += 1
-            self.pool.give([block.copies.pop(rank)])
+            gone.append(block.copies.pop(rank))
             if not block.copies:
                 self._forget(block)
+        self._idle[rank] -= len(gone)
+        self.evicted += len(gone)
+        self.pool.give(gone)
 
     def _drop(self, block: Block) -> None:
         self.pool.give(block.copies.values())

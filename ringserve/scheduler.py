@@ -55,8 +55,8 @@ PATIENCE = 2.0
 QUIET_S = 10.0
 """Without another request for so long, one is alone."""
 PACE_MEMORY_S = 5.0
-FORECAST_S = 0.25
-"""A forecast is good for so long."""
+FORECAST_S, FORECAST_EACH_S = 0.25, 0.02
+"""A forecast is good for so long, and longer by this for each prefill in it: making it costs more."""
 FORECAST_SLICES = 64
 LEAST_SHARE = 0.25
 """Of the budget, that one prefill gets in each step even when decoding alone fills it."""
@@ -100,7 +100,7 @@ class Scheduler:
         """When a request last came while another was there."""
         self._pace = 1.0
         self._forecasts: dict[int, float] = {}
-        self._forecast_at = -math.inf
+        self._forecast_until = -math.inf
         self._full = False
         """No waiting request could start, and nothing has changed since."""
 
@@ -629,10 +629,11 @@ class Scheduler:
     def _forecast(self, now: float) -> dict[int, float]:
         """When each prefill that is known will have its first token, by handle: the policy played forward in coarse
         slices at the present pace. Nobody knows who will come; that short ones come is in the pace."""
-        if self._forecast_at + FORECAST_S > now:
+        if now < self._forecast_until:
             return self._forecasts
         left = {r.handle: (r, self.remaining_s(r)) for r in itertools.chain(self._running.values(), self._waiting)
                 if not r.output_tokens}
+        self._forecast_until = now + FORECAST_S + FORECAST_EACH_S * len(left)
         total = sum(seconds for _, seconds in left.values())
         slice_s = max(self.budget_s if math.isfinite(self.budget_s) else 0.0, total / FORECAST_SLICES, 1e-6)
         pace = min(max(self._pace, 0.05), 2.0)
@@ -653,7 +654,7 @@ class Scheduler:
                 del left[request.handle]
             else:
                 left[request.handle] = (request, seconds - worked)
-        self._forecast_at, self._forecasts = now, forecasts
+        self._forecasts = forecasts
         return forecasts
 
     def _wait_beside(self, own_s: float, others: Iterable[Request]) -> float:

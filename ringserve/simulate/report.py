@@ -27,8 +27,8 @@ class Summary:
     long_p50: float
     """Time to first token of the long requests over their time alone."""
     long_worst: float
-    long_worst_beyond_queue: float
-    """The same, after taking off the work that was ahead of it in the queue when it arrived."""
+    long_worst_with_queue: float
+    """Over its time alone and the work that was there when it arrived."""
     eta_p50: float
     """Relative error of the predicted time to first token, from a tenth of the prefill on."""
     eta_p90: float
@@ -53,14 +53,14 @@ def summarize(simulation: Simulation, policy: str, load: float) -> Summary:
     first = [o.first_token_s or 0.0 for o in shorts]
     etas = [error for o in longs for error in eta_errors(o)]
     slow = [(o.first_token_s or 0.0) / o.alone_s for o in longs]
-    beyond = [((o.first_token_s or 0.0) - o.ahead_s) / o.alone_s for o in longs]
+    beyond = [(o.first_token_s or 0.0) / (o.alone_s + o.ahead_s) for o in longs]
     prompt = sum(o.prompt_tokens for o in outcomes)
     return Summary(
         policy=policy, load=load, utilisation=simulation.busy_s / max(simulation.now, 1e-9), shorts=len(shorts),
         longs=len(longs), missed=sum(s > SHORT_DEADLINE_S for s in first) / max(1, len(first)),
         short_p50_s=quantile(first, 0.5), short_p99_s=quantile(first, 0.99),
         gap_p99_s=quantile([o.longest_gap_s for o in outcomes], 0.99), long_p50=quantile(slow, 0.5),
-        long_worst=max(slow, default=float("nan")), long_worst_beyond_queue=max(beyond, default=float("nan")),
+        long_worst=max(slow, default=float("nan")), long_worst_with_queue=max(beyond, default=float("nan")),
         eta_p50=quantile(etas, 0.5), eta_p90=quantile(etas, 0.9),
         cached=sum(o.cached_tokens for o in outcomes) / max(1, prompt),
         step_error_p50=simulation.cost.errors.quantile(0.5) or 0.0,
@@ -76,13 +76,13 @@ def eta_errors(outcome: Outcome) -> list[float]:
 
 
 COLUMNS = ("policy", "load", "busy", "short/long", "short miss 1 s", "short p50", "short p99", "gap p99", "long p50",
-           "long worst", "less queue", "ETA p50/p90", "cached")
+           "long worst", "worst / alone + queue", "ETA p50/p90", "cached")
 
 
 def row(s: Summary) -> tuple[str, ...]:
     return (s.policy, f"{s.load:g}", f"{s.utilisation:.0%}", f"{s.shorts}/{s.longs}", f"{s.missed:.2%}",
             f"{s.short_p50_s * 1000:.0f} ms", f"{s.short_p99_s * 1000:.0f} ms", f"{s.gap_p99_s * 1000:.0f} ms",
-            f"{s.long_p50:.2f}x", f"{s.long_worst:.2f}x", f"{s.long_worst_beyond_queue:.2f}x",
+            f"{s.long_p50:.2f}x", f"{s.long_worst:.2f}x", f"{s.long_worst_with_queue:.2f}x",
             f"{s.eta_p50:.0%}/{s.eta_p90:.0%}", f"{s.cached:.0%}")
 
 

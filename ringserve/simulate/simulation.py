@@ -105,13 +105,13 @@ class Simulation:
             if not self.scheduler.has_work and upcoming is not None:
                 self.now = max(self.now, upcoming.at)
             while upcoming is not None and upcoming.at <= self.now:
-                self._add(upcoming)
+                self.add(upcoming)
                 upcoming = next(coming, None)
             if self.scheduler.has_work:
-                self._step()
+                self.step()
         return list(self.outcomes.values())
 
-    def _add(self, arrival: Arrival) -> None:
+    def add(self, arrival: Arrival) -> None:
         number = len(self.outcomes) + 1
         name = f"r{number}"
         tokens = len(arrival.token_ids)
@@ -127,7 +127,7 @@ class Simulation:
         except OverloadedError:
             outcome.refused = True
 
-    def _step(self) -> None:
+    def step(self) -> None:
         plan = self.scheduler.schedule()
         assert plan.rows, "work, and nothing to do"
         truth = self._truth.weights
