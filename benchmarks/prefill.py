@@ -58,7 +58,8 @@ def main() -> None:
     haystack: Haystack | None = None
     for round_ in range(args.rounds):
         for ring, mode in configurations:
-            with LLM("needle", ring_size=ring, ring_mode=mode, **options) as llm:
+            with LLM("needle", ring_size=ring, ring_width=ring, ring_mode=mode, prefix_cache=False,
+                     **options) as llm:
                 haystack = haystack or Haystack(llm.tokenizer, args.tokens, DEPTHS)
                 measure(llm, Haystack(llm.tokenizer, 4096, DEPTHS), 0)  # first use of every path
                 reading = measure(llm, haystack, round_ % len(DEPTHS))

@@ -50,8 +50,8 @@ class Simulate:
     chart: Path | None = None
     """Write a chart here (.png or .svg)."""
 
-    check: bool = False
-    """Verify every invariant of the scheduler after each step."""
+    check: int = 0
+    """Verify every invariant of the scheduler after every so many steps."""
 
 
 def simulate(wanted: Simulate, policy: PolicyName, load: float) -> Summary:
