@@ -121,7 +121,7 @@ class SchedulerConfig:
     between two tokens. Unset: what a full chunk takes at the start of a prompt, but 100 to 500; 500 while a request is
     alone."""
 
-    policy: PolicyName = "slack-floor"
+    policy: PolicyName = "srpt"
     """Which prefills get the time of a step first. See docs/scheduling.md for the comparison."""
 
     ride_along: bool = True

@@ -9,8 +9,8 @@ FLOOR_STEPS = 3
 """A short request that would miss its deadline within about so many steps goes first."""
 SHORT_STEPS = 4
 """A request whose whole prefill fits so many steps is short."""
-AGEING = 1.0
-"""How fast waiting makes a request more urgent under `srpt`: after its own cost it counts as half its size."""
+AGEING = 3.0
+"""How fast waiting makes a request more urgent under `srpt`: after its own cost it counts as a quarter of its size."""
 
 
 @dataclass(slots=True)
@@ -23,6 +23,8 @@ class Prospect:
     total_s: float
     """Its whole prefill, alone."""
     remaining_s: float
+    leniency: float = 1.0
+    """Its wish for the first token over the default one: 2 ** priority."""
 
 
 Key = tuple[float, ...]
@@ -54,8 +56,8 @@ def _slack_floor(p: Prospect, now: float, step_s: float) -> Key:
 
 
 def _srpt(p: Prospect, now: float, step_s: float) -> Key:
-    """Shortest remaining time, shrunk by waiting so that a long prompt's turn comes."""
-    return (p.remaining_s / (1 + AGEING * (now - p.arrival) / p.total_s), p.arrival)
+    """Shortest remaining time, shrunk by waiting so that a long prompt's turn comes, and by a shorter wish."""
+    return (p.leniency * p.remaining_s / (1 + AGEING * max(0.0, now - p.arrival) / p.total_s), p.arrival)
 
 
 POLICIES: dict[PolicyName, Policy] = {

@@ -75,6 +75,8 @@ class Request:
     cached_tokens: int = 0
     """Prompt tokens that were not; set when the first token is there."""
     deadline: float = 0.0
+    leniency: float = 1.0
+    """Its wish for a first token over the default one."""
     total_s: float = 0.0
     """Predicted seconds of its whole prefill, alone, when it arrived."""
     first_cached: int = 0

@@ -5,7 +5,8 @@ to last no longer than its budget:
 
     1. one token of every decoding request
     2. short prefills, several of them, inside the ride-along share of the budget
-    3. slices of the other prefills, in the order of the policy, as large as the rest of the budget allows
+    3. slices of the other prefills, in the order of the policy, as large as the rest of the budget allows; what they
+       leave goes to the short ones
 
 Between tenants, whoever has had the least of the machine (predicted seconds over weight) comes first.
 """
@@ -130,10 +131,9 @@ class Scheduler:
             request.keys = chain(self.cache.first_key(request.scheduling), request.token_ids, self.block_size,
                                  len(request.token_ids) // self.block_size)
         request.total_s = self._prefill_seconds(0, request.prompt_tokens, self._placer.width_of(request))
-        wish = request.scheduling.deadline_s
-        if wish is None:
-            wish = (DEADLINE_BASE_S + DEADLINE_STRETCH * request.total_s) * 2.0 ** request.scheduling.priority
-        request.deadline = request.arrival + wish
+        default = DEADLINE_BASE_S + DEADLINE_STRETCH * request.total_s
+        wish = request.scheduling.deadline_s or default * 2.0 ** request.scheduling.priority
+        request.deadline, request.leniency = request.arrival + wish, wish / default
 
     def _check_load(self, request: Request) -> None:
         limit = self.config.max_queue_s
@@ -216,9 +216,12 @@ class Scheduler:
         riders: list[tuple[float, float, int, Request]] = []
         for request in prefills:
             served = self.tenants.served(request.scheduling.tenant)
+            rides = self.config.ride_along and request.total_s <= SHORT_STEPS * self.budget_s
             key = self._policy(self._prospect(request), now, self.budget_s)
-            order.append(((served, *key, request.handle), request))
-            if self.config.ride_along and request.total_s <= SHORT_STEPS * self.budget_s:
+            # Those who ride have their half of the step; the rest is for the others first, or a stream of short ones
+            # would leave nothing for a long one.
+            order.append(((rides, served, *key, request.handle), request))
+            if rides:
                 riders.append((served, request.deadline, request.handle, request))
         done: set[int] = set()
         taken = 0
@@ -589,7 +592,8 @@ class Scheduler:
                                          self.block_size)
 
     def _prospect(self, request: Request) -> Prospect:
-        return Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), self.remaining_s(request))
+        return Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), self.remaining_s(request),
+                        request.leniency)
 
     def remaining_s(self, request: Request) -> float:
         """Predicted seconds of the rest of its prefill, alone."""
@@ -642,7 +646,8 @@ class Scheduler:
         while left:
             def key(entry: tuple[Request, float], then: float = then) -> Key:
                 request, seconds = entry
-                prospect = Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), seconds)
+                prospect = Prospect(request.arrival, request.deadline, max(request.total_s, 1e-6), seconds,
+                                    request.leniency)
                 return (served[request.scheduling.tenant], *self._policy(prospect, then, self.budget_s))
 
             request, seconds = min(left.values(), key=key)
