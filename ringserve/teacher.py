@@ -23,8 +23,10 @@ Logits = dict[int, NDArray[np.float32]]
 class Teacher:
     """Runs texts through an engine's scheduler and ranks; what would be sampled is replaced by what the text says."""
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: LLMEngine, everywhere: bool = True) -> None:
+        """`everywhere`: texts use all ranks, however short; otherwise as many as the engine chooses."""
         self._engine = engine
+        self._ranks = tuple(range(engine.executor.ring_size)) if everywhere else ()
         self.plans: list[SchedulerOutput] = []
         self.outputs: list[ModelOutput] = []
 
@@ -36,7 +38,7 @@ class Teacher:
         requests = [Request(
             request_id=f"teacher-{i}", handle=-1 - i, token_ids=array("I", text[:prompt]),
             params=SamplingParams(max_tokens=len(text) - prompt + 1, temperature=0), seed=0, end_token_ids=(),
-            max_total_tokens=len(text) + 1, wanted_ranks=tuple(range(engine.executor.ring_size)),
+            max_total_tokens=len(text) + 1, wanted_ranks=self._ranks,
             arrival=time.monotonic())
             for i, (text, prompt) in enumerate(zip(texts, prompt_tokens))]
         for request in requests:
