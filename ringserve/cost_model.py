@@ -33,6 +33,9 @@ PRIOR_STEPS = 4.0
 """What was known at start counts as so many steps."""
 OUTLIER = 4.0
 """A step that took longer than this times its prediction (the machine was busy with something else) is cut to it."""
+FITTING = 0.9
+MARGIN_STEPS = 8
+MOST_MARGIN = 1.5
 SAMPLES = 12
 """Points at which the cost of a long prefill is integrated."""
 
@@ -136,6 +139,9 @@ class CostModel:
         self._fitted = machine
         self.errors = Errors()
         """Of the predictions of finished steps, |predicted - measured| / measured."""
+        self._overruns = Errors(64)
+        self.margin = 1.0
+        """What nine of ten of the latest steps stayed below, over their prediction: for budgets that must hold."""
         self.steps = 0
         """That were observed."""
 
@@ -224,7 +230,10 @@ class CostModel:
         """A step with these features took so long."""
         predicted = _dot(features, self.weights)
         self.errors.add(abs(predicted - seconds) / seconds)
+        self._overruns.add(seconds / predicted)
         self.steps += 1
+        if self.steps % MARGIN_STEPS == 0:
+            self.margin = min(max(self._overruns.quantile(FITTING) or 1.0, 1.0), MOST_MARGIN)
         self._fit.add(features, min(seconds, OUTLIER * predicted) if self.steps > PRIOR_STEPS else seconds)
         self._fitted = self._fitted_machine()
 

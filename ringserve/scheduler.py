@@ -242,7 +242,7 @@ class Scheduler:
 
     def _budget(self, now: float) -> float:
         alone = len(self._by_id) == 1 and now - self._last_company >= QUIET_S
-        return self.alone_budget_s if alone else self.budget_s
+        return (self.alone_budget_s if alone else self.budget_s) / self.cost.margin
 
     def _take(self, request: Request, most: int, cost: StepCost, limit_s: float, least: int,
               picked: list[tuple[Request, list[tuple[int, int]]]], now: float) -> int:
