@@ -34,3 +34,5 @@ class Block:
     """Its own tokens: a key found in the cache is verified."""
     worth: float = 0.0
     """The higher, the later it is evicted."""
+    turn: int = -1
+    """Counts releases: which of its entries in the order of eviction is the valid one."""

@@ -33,6 +33,9 @@ PRIOR_STEPS = 4.0
 """What was known at start counts as so many steps."""
 OUTLIER = 4.0
 """A step that took longer than this times its prediction (the machine was busy with something else) is cut to it."""
+DRIFT_STEPS, DRIFT = 16, 1.25
+"""When the middle one of so many steps is off by this factor, the machine has become slower or faster: everything is
+scaled at once, where the fit alone would believe the old steps for long."""
 FITTING = 0.9
 MARGIN_STEPS = 8
 MOST_MARGIN = 1.5
@@ -139,6 +142,8 @@ class CostModel:
         self._fitted = machine
         self.errors = Errors()
         """Of the predictions of finished steps, |predicted - measured| / measured."""
+        self._latest: list[float] = []
+        """Measured over predicted seconds of the steps since these were last looked at."""
         self._overruns = Errors(64)
         self.margin = 1.0
         """What nine of ten of the latest steps stayed below, over their prediction: for budgets that must hold."""
@@ -234,6 +239,12 @@ class CostModel:
         self.steps += 1
         if self.steps % MARGIN_STEPS == 0:
             self.margin = min(max(self._overruns.quantile(FITTING) or 1.0, 1.0), MOST_MARGIN)
+        self._latest.append(seconds / predicted)
+        if len(self._latest) == DRIFT_STEPS:
+            ratio = sorted(self._latest)[DRIFT_STEPS // 2]
+            self._latest.clear()
+            if not 1 / DRIFT <= ratio <= DRIFT:
+                self._fit.rescale(ratio)
         self._fit.add(features, min(seconds, OUTLIER * predicted) if self.steps > PRIOR_STEPS else seconds)
         self._fitted = self._fitted_machine()
 
@@ -281,6 +292,8 @@ class CostModel:
                 # Below now: what is between the two points is nearly a line.
                 low_s = self.chunk_seconds(start, tokens, width)
                 slope = (low_s - least_s) / (tokens - unit)
+                if slope <= 0:  # a fit with nothing that grows with tokens
+                    break
                 tokens = min(most, max(tokens, unit + int((budget_s - least_s) / slope)))
         while tokens > unit and self.chunk_seconds(start, tokens, width) > budget_s:
             tokens = max(unit, int(tokens * 0.98))
@@ -322,9 +335,10 @@ class CostModel:
         try:
             known = json.loads(path.read_text())
             weights = [float(w) for w in known["weights"]]
-            if tuple(known["features"]) != FEATURES or not all(math.isfinite(w) and w >= 0 for w in weights):
+            sound = len(weights) == N and all(math.isfinite(w) and w >= 0 for w in weights)
+            if tuple(known["features"]) != FEATURES or not sound:
                 return False
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             return False
         self._fit = _Fit([w or old for w, old in zip(weights, self.weights)])
         return True
@@ -375,6 +389,13 @@ class _Fit:
             moment[i] += x
         self._pull = max(self._pull * MEMORY, 0.02)
         self._solve()
+
+    def rescale(self, ratio: float) -> None:
+        """As if every earlier step had taken `ratio` times as long."""
+        self.weights[:] = [w * ratio for w in self.weights]
+        self._gram = [[x / ratio**2 for x in row] for row in self._gram]
+        self._moment = [x / ratio for x in self._moment]
+        self._prior = [(precision / ratio**2, mean / ratio) for precision, mean in self._prior]
 
     def _solve(self) -> None:
         """Coordinate descent from the last solution: the problem is convex and small."""

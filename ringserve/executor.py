@@ -4,6 +4,7 @@ import selectors
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from typing import Protocol, TypeVar
 
 from ringserve.channel import ChannelClosedError
@@ -18,6 +19,7 @@ from ringserve.rank_messages import (
     FreeMemory,
     FromRank,
     MeasureMemory,
+    MissedPlans,
     RankFailed,
     RankLoaded,
     RankSetup,
@@ -29,6 +31,8 @@ LOAD_TIMEOUT_S = 1800.0
 """For reading the weights of a large model from a slow disk."""
 STALL_S = 60.0
 """A rank that takes or sends nothing in the middle of a message for so long is given up."""
+MOST_MISSED = 64
+"""Plans that are kept for a rank before it hears of them."""
 CULPRIT_S = 1.0
 """When a rank reports that the ring broke, the one that broke it is heard of within this time."""
 _CONSEQUENCES = ("RingAbortedError", "RingTimeoutError", "RingProtocolError")
@@ -55,7 +59,8 @@ class Executor(Protocol):
         ...
 
     def execute(self, plan: SchedulerOutput) -> ModelOutput:
-        """Run one step; returns when every rank has reported. Raises EngineDeadError naming the rank."""
+        """Run one step; returns when every rank that has a part in it has reported. Raises EngineDeadError naming the
+        rank."""
         ...
 
     def close(self) -> None: ...
@@ -76,6 +81,10 @@ class LocalExecutor:
 
             self._region = create_region(ring_size)
         self._ranks: list[ChildProcess] = []
+        self._holders: dict[int, set[int]] = {}
+        """By handle: the ranks that hold the request's blocks."""
+        self._missed: list[list[SchedulerOutput]] = []
+        """[ranks] plans that a rank has not heard of."""
         self._selector = selectors.DefaultSelector()
         try:
             for rank in range(ring_size):
@@ -110,6 +119,8 @@ class LocalExecutor:
 
     def allocate(self, slots: int) -> list[CacheReady]:
         self.epoch += 1
+        self._holders = {}
+        self._missed = [[] for _ in self._ranks]
         if self._region >= 0:
             from ringserve.ring.region import reset_region
 
@@ -124,11 +135,29 @@ class LocalExecutor:
         return [report.free_bytes for report in self._collect(FreeMemory, self._timeout_s)]
 
     def execute(self, plan: SchedulerOutput) -> ModelOutput:
+        involved = self._involved(plan)
         for rank, process in enumerate(self._ranks):
-            self._send(rank, process, plan)
-        reports = self._collect(RankOutput, self._timeout_s)
+            missed = self._missed[rank]
+            if rank not in involved:
+                missed.append(plan)
+            if missed and (rank in involved or len(missed) >= MOST_MISSED):
+                self._send(rank, process, MissedPlans(plans=missed))
+                self._missed[rank] = []
+            if rank in involved:
+                self._send(rank, process, plan)
+        reports = self._collect(RankOutput, self._timeout_s, involved)
         assert all(report.step == plan.step for report in reports), (plan.step, [r.step for r in reports])
         return ModelOutput(plan.step, [sampled for report in reports for sampled in report.sampled], reports)
+
+    def _involved(self, plan: SchedulerOutput) -> set[int]:
+        """Ranks with something to do: a row, or a key that a row may see, or a copy. The others hear of the plan when
+        they have something to do again, so that a short request on a wide ring costs no more than on one rank."""
+        for handle in plan.released:
+            self._holders.pop(handle, None)
+        for dealt in plan.blocks:
+            self._holders.setdefault(dealt.handle, set()).update(dealt.holders)
+        ranks = {rank for rows in plan.rows for rank in self._holders[rows.handle]}
+        return ranks | {rank for copy in plan.copies for rank in (copy.source, copy.destination)}
 
     def close(self) -> None:
         """End all ranks and wait until they are gone. The region is left to the process' end: a rank that
@@ -147,17 +176,18 @@ class LocalExecutor:
         except ChannelClosedError:
             raise self._died(rank) from None
 
-    def _collect(self, kind: type[T], timeout_s: float) -> list[T]:
-        """One message of every rank, in rank order."""
+    def _collect(self, kind: type[T], timeout_s: float, ranks: Collection[int] | None = None) -> list[T]:
+        """One message of each of these ranks (all by default), in rank order."""
         reports: dict[int, T] = {}
+        ranks = range(self.ring_size) if ranks is None else ranks
         deadline = time.monotonic() + timeout_s
-        while len(reports) < self.ring_size:
+        while len(reports) < len(ranks):
             for rank, message in self._receive(deadline):
                 if isinstance(message, RankFailed):
                     raise self._failure(message)
                 assert isinstance(message, kind), f"rank {rank} sent {type(message).__name__}, not {kind.__name__}"
                 reports[rank] = message
-        return [reports[rank] for rank in range(self.ring_size)]
+        return [reports[rank] for rank in sorted(ranks)]
 
     def _receive(self, deadline: float) -> list[tuple[int, FromRank]]:
         ready = self._selector.select(max(0.0, deadline - time.monotonic()))

@@ -87,7 +87,7 @@ class Placer:
         found = self.find(request)
         width = self.width_of(request)
         for ranks in self._candidates(request, found, width, loads):
-            placement = self._on(request, ranks, blocks, reserve, found, room)
+            placement = self._on(request, ranks, blocks, reserve, found, room, keep)
             if placement is not None:
                 return placement
         return None
@@ -110,7 +110,7 @@ class Placer:
         return [ordered[:width], everyone]
 
     def _on(self, request: Request, ranks: list[int], blocks: int, reserve: int, found: dict[int, Block],
-            room: Sequence[int]) -> Placement | None:
+            room: Sequence[int], keep: int) -> Placement | None:
         room = list(room)
         held = [0] * self._ring
         where: dict[int, int] = {}
@@ -129,7 +129,10 @@ class Placer:
             where[number] = rank
             held[rank] += 1
         used = sorted({*ranks, *where.values()})
-        if min(room[rank] for rank in used) < 0 or blocks - len(found) + reserve > sum(room[rank] for rank in used):
+        # Other ranks may hold copies that are no longer idle then, though they were reckoned as room.
+        if min(room[rank] for rank in used) < 0 or min(room) + keep < 0:
+            return None
+        if blocks - len(found) + reserve > sum(room[rank] for rank in used):
             return None
         made = deal(used if len(ranks) > 1 else ranks, blocks - len(found), held, room)
         if made is None:

@@ -50,7 +50,8 @@ def _slack_floor(p: Prospect, now: float, step_s: float) -> Key:
     """Relative slack alone lets a long prompt run until short ones have no slack left; a floor in absolute terms
     takes those first while they can still make it."""
     slack = p.deadline - now - p.remaining_s
-    if p.total_s <= SHORT_STEPS * step_s and slack < FLOOR_STEPS * step_s:
+    hurries = p.total_s <= SHORT_STEPS * step_s and slack < FLOOR_STEPS * step_s
+    if hurries or slack < -p.total_s:  # late by its own time, whatever its length: so that a long one's turn comes
         return (0.0, p.deadline)
     return (1.0, slack / p.total_s, p.arrival)
 

@@ -129,9 +129,18 @@ class PrefixCache:
             self._drop(block)
             return
         block.worth = self._floor + self._cost(block.index)
+        block.turn = next(self._numbers)
         for rank in block.copies:
             self._idle[rank] += 1
-            heapq.heappush(self._heaps[rank], (block.worth, next(self._numbers), block))
+            heapq.heappush(self._heaps[rank], (block.worth, block.turn, block))
+            if len(self._heaps[rank]) > 2 * self._idle[rank] + 64:
+                self._heaps[rank] = [entry for entry in self._heaps[rank] if self._is_due(entry, rank)]
+                heapq.heapify(self._heaps[rank])
+
+    def _is_due(self, entry: tuple[float, int, Block], rank: int) -> bool:
+        """Whether an entry is about the block as it is: it may have been used, or evicted, since."""
+        _, turn, block = entry
+        return not block.users and block.turn == turn and rank in block.copies
 
     # Eviction
 
@@ -141,9 +150,10 @@ class PrefixCache:
                                    f"{self._idle[rank]} idle")
         gone: list[Copy] = []
         while self.pool.free_on(rank) + len(gone) < count:
-            worth, _, block = heapq.heappop(self._heaps[rank])
-            if block.users or block.worth != worth or rank not in block.copies:
-                continue  # it was used, or evicted, since
+            entry = heapq.heappop(self._heaps[rank])
+            if not self._is_due(entry, rank):
+                continue
+            worth, _, block = entry
             self._floor = worth
             gone.append(block.copies.pop(rank))
             if not block.copies:
@@ -176,7 +186,7 @@ class PrefixCache:
         for rank in range(self.pool.ring_size):
             idle = [b for b in self._blocks.values() if not b.users and rank in b.copies]
             assert self._idle[rank] == len(idle), (rank, self._idle[rank], len(idle))
-            waiting = {id(b) for worth, _, b in self._heaps[rank] if b.worth == worth}
+            waiting = {id(entry[2]) for entry in self._heaps[rank] if self._is_due(entry, rank)}
             assert all(id(b) in waiting for b in idle), "an idle block that is never evicted"
         for key, block in self._blocks.items():
             assert block.key == key and block.copies

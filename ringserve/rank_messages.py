@@ -53,6 +53,12 @@ class CacheReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Measured bytes/s to the next rank; 0 in a ring of one."""
 
 
+class MissedPlans(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Plans that had nothing to do for this rank, in order. Not answered."""
+
+    plans: list[SchedulerOutput]
+
+
 class MeasureMemory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How much memory is free now? Asked after the largest step has been run once."""
 
@@ -73,5 +79,5 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The rank that is to blame, when this one only waited for it."""
 
 
-ToRank = RankSetup | AllocateCache | MeasureMemory | SchedulerOutput
+ToRank = RankSetup | AllocateCache | MeasureMemory | MissedPlans | SchedulerOutput
 FromRank = RankLoaded | CacheReady | FreeMemory | RankOutput | RankFailed

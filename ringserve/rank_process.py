@@ -17,6 +17,7 @@ from ringserve.rank_messages import (
     AllocateCache,
     CacheReady,
     FreeMemory,
+    MissedPlans,
     RankFailed,
     RankLoaded,
     RankSetup,
@@ -101,6 +102,9 @@ class RankProcess:
         assert self._runner is not None, "a rank is set up before anything else"
         if isinstance(message, SchedulerOutput):
             self._control.send(self._runner.execute(message))
+        elif isinstance(message, MissedPlans):
+            for plan in message.plans:
+                self._runner.absorb(plan)
         elif isinstance(message, AllocateCache):
             self._allocate(self._runner, message)
         else:

@@ -71,7 +71,8 @@ class Request:
     """What a token costs it, while it holds the same blocks."""
 
     computed_itself: int = 0
-    """Prompt tokens that were computed for it."""
+    """Prompt tokens that were computed for it, each counted once."""
+    counted_until: int = 0
     cached_tokens: int = 0
     """Prompt tokens that were not; set when the first token is there."""
     deadline: float = 0.0

@@ -116,10 +116,10 @@ class Scheduler:
         self._check_load(request)
         if self._by_id:
             self._last_company = self._clock()
+        self.tenants.join(request.scheduling.tenant, self._active_tenants())
         self._by_id[request.request_id] = request
         self._waiting.append(request)
         self._full = False
-        self.tenants.join(request.scheduling.tenant, self._active_tenants())
 
     def _prepare(self, request: Request) -> None:
         """What follows from the request alone: its keys, its cost, its deadline."""
@@ -225,9 +225,9 @@ class Scheduler:
                 riders.append((served, request.deadline, request.handle, request))
         done: set[int] = set()
         taken = 0
-        ride_until = base + RIDE_SHARE * max(budget_s - base, 0.0)
+        ride_until = base + RIDE_SHARE * max(budget_s - base, LEAST_SHARE * budget_s)
         for *_, request in sorted(riders):
-            if used := self._take(request, left - taken, cost, ride_until, 0, picked, now):
+            if used := self._take(request, int(left * RIDE_SHARE) - taken, cost, ride_until, 0, picked, now):
                 taken += used
                 done.add(request.handle)
         for _, request in sorted(order):
@@ -384,8 +384,10 @@ class Scheduler:
                         self._publish(request, number)
                 start = until
         if request.prompt_tokens > spans[0][0]:
-            count = sum(min(stop, request.prompt_tokens) - min(start, request.prompt_tokens) for start, stop in spans)
-            request.computed_itself += count
+            for start, stop in spans:
+                new = min(stop, request.prompt_tokens) - max(start, request.counted_until)
+                request.computed_itself += max(0, new)
+            request.counted_until = max(request.counted_until, spans[-1][1])
 
     def _publish(self, request: Request, number: int) -> None:
         """A block that filled up with output, or was computed beside an equal one, may be found from now on."""

@@ -24,6 +24,7 @@ class SchedulingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Requests share cached blocks only with requests of the same tenant and salt."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             raise InvalidValueError(
                 f"priority must be in {-MAX_PRIORITY} to {MAX_PRIORITY}, got {self.priority}", "priority")
@@ -33,3 +34,17 @@ class SchedulingParams(msgspec.Struct, frozen=True, kw_only=True):
             if len(getattr(self, name)) > MAX_NAME:
                 raise InvalidValueError(f"{name} must have at most {MAX_NAME} characters, got "
                                         f"{len(getattr(self, name))}", name)
+
+    def _check_types(self) -> None:
+        """A Struct checks types when it is decoded, not when it is made."""
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type, strict=True)
+                if isinstance(value, str):
+                    value.encode()
+            except msgspec.ValidationError as error:
+                what = str(error)
+                raise InvalidValueError(f"{field.name}: {what[:1].lower()}{what[1:]}", field.name) from None
+            except UnicodeEncodeError:
+                raise InvalidValueError(f"{field.name} holds half a surrogate pair", field.name) from None

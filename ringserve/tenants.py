@@ -20,11 +20,17 @@ class Tenants:
         return len(self._served) > 1
 
     def join(self, tenant: str, active: Iterable[str]) -> None:
-        """A tenant has work: it begins no further back than the tenant with work that has had the least."""
+        """A tenant has work, besides the `active` ones: it begins no further back than the one of them that has had the
+        least."""
+        active = set(active)
+        if tenant in active and tenant in self._served:
+            return  # it keeps its turn
         others = {name: self._served[name] for name in active if name != tenant and name in self._served}
         now = min(others.values(), default=0.0)
-        # Those who have nothing to do and are not ahead would begin at `now` as well: forgotten.
-        self._served = {name: served for name, served in self._served.items() if name in others or served > now}
+        # Those who have nothing to do and are not ahead would begin at `now` as well: forgotten. An idle machine owes
+        # nobody anything and nobody owes it.
+        self._served = {name: served for name, served in self._served.items()
+                        if name in others or (others and served > now)}
         self._served[tenant] = max(self._served.get(tenant, 0.0), now)
 
     def served(self, tenant: str) -> float:

@@ -94,6 +94,10 @@ class ModelRunner:
                           bytes_sent=list(moved.sent_bytes),
                           peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
+    def absorb(self, plan: SchedulerOutput) -> None:
+        """Take in what a plan says of requests that have nothing on this rank."""
+        self._tables.absorb(plan)
+
     def _forward(self, rows: StepRows, step: StepAttention) -> tuple[list[SampledTokens], list[RowLogits]]:
         wanted = torch.tensor([s.row for s in rows.samples], dtype=torch.int64, device=self.device)
         logits = forward(self.model, torch.from_numpy(rows.token_ids).to(self.device),

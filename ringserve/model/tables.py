@@ -32,6 +32,8 @@ class RequestTable:
     holders: Ints = field(default_factory=lambda: np.zeros(16, dtype=np.int64))
     computed: Ints = field(default_factory=lambda: np.zeros(16, dtype=np.int64))
     slots: list[Ints] = field(default_factory=list)
+    ranks: set[int] = field(default_factory=set)
+    """That hold any of its blocks."""
     _held: dict[int, "HeldKeys"] = field(default_factory=dict, init=False)
     """By rank, kept from step to step: a decode step of a million tokens must not look at every block."""
 
@@ -52,6 +54,7 @@ class RequestTable:
         self.holders, self.computed = _grow(self.holders, stop), _grow(self.computed, stop)
         self.slots = [_grow(slots, stop) for slots in self.slots]
         self.holders[dealt.start:stop] = dealt.holders
+        self.ranks.update(dealt.holders)
         self.computed[dealt.start:stop] = dealt.computed
         for slots, new in zip(self.slots, dealt.slots):
             slots[dealt.start:stop] = new
@@ -126,6 +129,16 @@ class Tables:
 
     def apply(self, plan: SchedulerOutput) -> StepRows:
         """Take in a plan's deltas and lay out its rows. The rows' keys count as computed from here on."""
+        self._take_in(plan)
+        return self._rows(plan.rows)
+
+    def absorb(self, plan: SchedulerOutput) -> None:
+        """Take in a plan that had nothing to do for this rank, after it was run by others."""
+        self._take_in(plan)
+        for rows in plan.rows:
+            self._requests[rows.handle].mark_computed(_positions(rows), self.block_size)
+
+    def _take_in(self, plan: SchedulerOutput) -> None:
         for handle in plan.released:
             del self._requests[handle]
         for new in plan.new:
@@ -134,7 +147,6 @@ class Tables:
             self._requests[tokens.handle].know(tokens)
         for dealt in plan.blocks:
             self._requests[dealt.handle].deal(dealt)
-        return self._rows(plan.rows)
 
     def _rows(self, scheduled: list[ScheduledRows]) -> StepRows:
         starts = [0] * self.ring_size
@@ -143,9 +155,11 @@ class Tables:
         samples: list[SampleRow] = []
         for rows in scheduled:
             request = self._requests[rows.handle]
-            positions = np.concatenate([np.arange(start, stop) for start, stop in rows.spans])
-            holders = request.holders[positions // self.block_size]
+            positions = _positions(rows)
             request.mark_computed(positions, self.block_size)
+            if self.rank not in request.ranks:
+                continue  # neither its rows nor its keys are here: nothing travels to or from this rank
+            holders = request.holders[positions // self.block_size]
             spans = []
             for rank in range(self.ring_size):
                 index = positions[holders == rank]
@@ -169,6 +183,10 @@ class Tables:
 
     def _offsets(self, request: RequestTable, group: int, positions: Ints) -> Ints:
         return request.slots[group][positions // self.block_size] * self.block_size + positions % self.block_size
+
+
+def _positions(rows: ScheduledRows) -> Ints:
+    return np.concatenate([np.arange(start, stop) for start, stop in rows.spans])
 
 
 def _concatenate(parts: list[Ints]) -> Ints:

@@ -3,11 +3,12 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ringserve.block_pool import STRETCH, Block, BlockPool, NoFreeSlotsError, SlotRuns
+from ringserve.block import Copy
+from ringserve.block_pool import STRETCH, BlockPool, NoFreeSlotsError, SlotRuns, deal
 
 
 def test_slots_follow_the_one_named() -> None:
@@ -130,159 +131,153 @@ class SlotMachine(RuleBasedStateMachine):
 
 
 def test_blocks_are_dealt_in_stripes_to_the_least_loaded() -> None:
-    pool = BlockPool(3, groups=1, slots_per_rank=10)
-    assert [b.rank for b in pool.deal([0, 1, 2], 7, [0, 0, 0])] == [0, 1, 2, 0, 1, 2, 0]
-    assert [b.rank for b in pool.deal([0, 1, 2], 6, [4, 0, 0], stripe=2)] == [1, 1, 2, 2, 1, 1]
-    pool.check()
+    assert deal([0, 1, 2], 7, [0, 0, 0], [10, 10, 10]) == [0, 1, 2, 0, 1, 2, 0]
+    assert deal([0, 1, 2], 6, [4, 0, 0], [10, 10, 10], stripe=2) == [1, 1, 2, 2, 1, 1]
 
 
 def test_shares_are_even_whatever_room_the_ranks_have() -> None:
-    pool = BlockPool(2, groups=1, slots_per_rank=20)
-    pool.deal([1], 12, [0, 0])
-    assert [b.rank for b in pool.deal([0, 1], 8, [0, 0])] == [0, 1] * 4
+    assert deal([0, 1], 8, [0, 0], [20, 8]) == [0, 1] * 4
+
+
+def test_among_equals_the_rank_with_most_room_is_dealt_to() -> None:
+    assert deal([0, 1, 2], 3, [0, 0, 0], [4, 9, 6]) == [1, 2, 0]
 
 
 def test_a_rank_without_room_is_passed_over() -> None:
-    pool = BlockPool(2, groups=1, slots_per_rank=4)
-    pool.deal([0], 3, [0, 0])
-    assert [b.rank for b in pool.deal([0, 1], 5, [0, 0])].count(0) == 1
-    with pytest.raises(NoFreeSlotsError, match="1 blocks wanted, 0 fit"):
-        pool.deal([0, 1], 1, [0, 0])
+    assert deal([0, 1], 5, [0, 0], [1, 4]) == [1, 0, 1, 1, 1]
+    assert deal([0, 1], 5, [0, 0], [0, 4]) is None
+    assert deal([0, 1], 3, [0, 0], [-2, 4]) == [1, 1, 1]
 
 
-def test_a_request_that_does_not_fit_takes_nothing() -> None:
-    pool = BlockPool(2, groups=2, slots_per_rank=3)
-    with pytest.raises(NoFreeSlotsError):
-        pool.deal([0, 1], 7, [0, 0])
-    assert pool.unreserved == 6
+def test_no_blocks_are_dealt_to_nobody() -> None:
+    assert deal([0], 0, [0], [0]) == []
+    assert deal([], 0, [0], [0]) == []
+    assert deal([], 1, [0], [5]) is None
+
+
+@given(st.data(), st.integers(1, 5), st.integers(0, 30), st.integers(1, 4))
+def test_what_is_dealt_has_room_and_is_even(data: st.DataObject, ring: int, count: int, stripe: int) -> None:
+    ranks = data.draw(st.lists(st.integers(0, ring - 1), unique=True, min_size=1))
+    held = data.draw(st.lists(st.integers(0, 9), min_size=ring, max_size=ring))
+    room = data.draw(st.lists(st.integers(-3, 20), min_size=ring, max_size=ring))
+    before = (list(held), list(room))
+    holders = deal(ranks, count, held, room, stripe)
+    assert (held, room) == before, "the caller's lists are not touched"
+    if holders is None:
+        assert sum(max(room[rank], 0) for rank in ranks) < count
+        return
+    assert len(holders) == count and set(holders) <= set(ranks)
+    after = [held[rank] + holders.count(rank) for rank in range(ring)]
+    assert all(holders.count(rank) <= max(room[rank], 0) for rank in ranks)
+    for rank in set(holders):
+        # Nobody that still had room was left further behind than a stripe.
+        assert all(after[rank] - stripe <= after[other] for other in ranks if holders.count(other) < room[other])
+
+
+def test_taken_blocks_lie_in_adjacent_slots_on_each_rank_and_in_each_group() -> None:
+    pool = BlockPool(2, groups=3, slots_per_rank=20)
+    copies = {rank: pool.take(rank, 6) for rank in range(2)}
+    for rank in range(2):
+        assert copies[rank] == [Copy(rank, (slot,) * 3) for slot in range(6)]
+    assert pool.extend(0, copies[0][-1]).slots == (6, 6, 6)
+    assert pool.extend(1, copies[0][-1]).slots == (8, 8, 8)  # that is not on rank 1: a stretch of its own
     pool.check()
 
 
-def test_a_dealt_prompt_lies_in_adjacent_slots_on_each_rank_and_in_each_group() -> None:
-    pool = BlockPool(2, groups=3, slots_per_rank=20)
-    blocks = pool.deal([0, 1], 12, [0, 0])
-    for rank in range(2):
-        for group in range(3):
-            slots = [b.slots[group] for b in blocks if b.rank == rank]
-            assert slots == list(range(slots[0], slots[0] + 6))
-    assert pool.extend(0, blocks[-2]).slots == (6, 6, 6)
-    assert pool.extend(1, blocks[-2]).slots == (8, 8, 8)  # blocks[-2] is not on rank 1: a stretch of its own
+def test_too_many_blocks_take_nothing() -> None:
+    pool = BlockPool(2, groups=2, slots_per_rank=3)
+    with pytest.raises(NoFreeSlotsError):
+        pool.take(0, 4)
+    pool.take(0, 3)
+    with pytest.raises(NoFreeSlotsError):
+        pool.extend(0, None)
+    assert (pool.total, pool.free_on(0), pool.free_on(1)) == (6, 0, 3)
+    pool.check()
 
 
 def test_outputs_that_grow_side_by_side_stay_in_runs() -> None:
     pool = BlockPool(1, groups=1, slots_per_rank=64)
-    ours, theirs = (pool.deal([0], 3, [0])[-1:] for _ in range(2))
+    ours, theirs = (pool.take(0, 3)[-1:] for _ in range(2))
     for _ in range(16):
         ours.append(pool.extend(0, ours[-1]))
         theirs.append(pool.extend(0, theirs[-1]))
     pool.check()
-    for blocks in (ours, theirs):
-        breaks = sum(b.slots[0] != a.slots[0] + 1 for a, b in pairwise(blocks))
+    for copies in (ours, theirs):
+        breaks = sum(b.slots[0] != a.slots[0] + 1 for a, b in pairwise(copies))
         assert breaks <= 1 + 16 // STRETCH
 
 
-def test_a_block_lives_until_its_last_user_lets_go() -> None:
-    pool = BlockPool(1, groups=1, slots_per_rank=4)
-    blocks = pool.deal([0], 3, [0])
-    pool.retain(blocks[:2])
-    pool.release(blocks)
-    assert pool.free_on(0) == 2
+def test_a_copy_given_back_is_free_once() -> None:
+    pool = BlockPool(2, groups=2, slots_per_rank=4)
+    here, there = pool.take(0, 3), pool.take(1, 2)
+    pool.give([here[1], *there])
+    assert (pool.free_on(0), pool.free_on(1)) == (2, 4)
     pool.check()
-    pool.release(blocks[:2])
-    assert pool.free_on(0) == 4
-    with pytest.raises(AssertionError, match="released twice"):
-        pool.release(blocks[:1])
+    for gone in (here[1], there[0], Copy(0, (3, 3))):
+        with pytest.raises(AssertionError, match="given back twice"):
+            pool.give([gone])
 
 
-def test_reservations_set_blocks_aside() -> None:
+def test_check_finds_a_reservation_below_zero() -> None:
     pool = BlockPool(2, groups=1, slots_per_rank=3)
-    pool.reserve(4)
-    assert pool.unreserved == 2
-    with pytest.raises(NoFreeSlotsError, match="3 blocks wanted, 2 neither used nor reserved"):
-        pool.reserve(3)
-    pool.unreserve(4)
+    pool.reserved[1] -= 1
     with pytest.raises(AssertionError):
-        pool.unreserve(1)
+        pool.check()
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Requests that deal, extend, share and let go of blocks; `check` after every rule."""
+    """Requests that take, extend and let go of copies; `check` after every rule."""
 
     @initialize(ranks=st.integers(1, 4), groups=st.integers(1, 3), slots=st.integers(0, 12))
     def begin(self, ranks: int, groups: int, slots: int) -> None:
         self.pool = BlockPool(ranks, groups, slots)
-        self.users: list[list[Block]] = []
-        self.reserved = 0
+        self.users: list[list[Copy]] = []
 
-    @rule(count=st.integers(0, 20), stripe=st.integers(1, 4), data=st.data())
-    def deal(self, count: int, stripe: int, data: st.DataObject) -> None:
-        ring = self.pool.ring_size
-        ranks = data.draw(st.lists(st.integers(0, ring - 1), unique=True, min_size=1))
-        held = data.draw(st.lists(st.integers(0, 9), min_size=ring, max_size=ring))
-        room = sum(self.pool.free_on(rank) for rank in ranks)
-        free = [self.pool.free_on(rank) for rank in range(ring)]
-        try:
-            blocks = self.pool.deal(ranks, count, held, stripe)
-        except NoFreeSlotsError:
-            assert count > room
-            assert free == [self.pool.free_on(rank) for rank in range(ring)]
+    @rule(count=st.integers(0, 14), data=st.data())
+    def take(self, count: int, data: st.DataObject) -> None:
+        rank = data.draw(st.integers(0, self.pool.ring_size - 1))
+        if count > self.pool.free_on(rank):
+            with pytest.raises(NoFreeSlotsError):
+                self.pool.take(rank, count)
             return
-        assert len(blocks) == count and {b.rank for b in blocks} <= set(ranks)
-        self.users.append(blocks)
+        copies = self.pool.take(rank, count)
+        assert len(copies) == count and all(copy.rank == rank for copy in copies)
+        self.users.append(copies)
 
     @precondition(lambda self: self.users)
     @rule(data=st.data())
     def extend(self, data: st.DataObject) -> None:
-        blocks = data.draw(st.sampled_from(self.users))
+        copies = data.draw(st.sampled_from(self.users))
         rank = data.draw(st.integers(0, self.pool.ring_size - 1))
-        last = blocks[-1] if blocks else None
+        last = copies[-1] if copies else None
         if self.pool.free_on(rank) == 0:
             with pytest.raises(NoFreeSlotsError):
                 self.pool.extend(rank, last)
             return
         free = [runs.slots() for runs in self.pool._free[rank]]
-        block = self.pool.extend(rank, last)
+        copy = self.pool.extend(rank, last)
         if last is not None and last.rank == rank:
-            for slot, before, there in zip(block.slots, last.slots, free):
+            for slot, before, there in zip(copy.slots, last.slots, free):
                 assert slot == before + 1 or before + 1 not in there
-        blocks.append(block)
+        copies.append(copy)
 
     @precondition(lambda self: self.users)
     @rule(data=st.data())
-    def share(self, data: st.DataObject) -> None:
-        blocks = data.draw(st.sampled_from(self.users))
-        shared = blocks[:data.draw(st.integers(0, len(blocks)))]
-        self.pool.retain(shared)
-        self.users.append(list(shared))
-
-    @precondition(lambda self: self.users)
-    @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
-        self.pool.release(self.users.pop(data.draw(st.integers(0, len(self.users) - 1))))
-
-    @rule(count=st.integers(0, 10))
-    def reserve(self, count: int) -> None:
-        if count > self.pool.unreserved:
-            with pytest.raises(NoFreeSlotsError):
-                self.pool.reserve(count)
-        else:
-            self.pool.reserve(count)
-            self.reserved += count
-
-    @rule(data=st.data())
-    def unreserve(self, data: st.DataObject) -> None:
-        count = data.draw(st.integers(0, self.reserved))
-        self.pool.unreserve(count)
-        self.reserved -= count
+    def give(self, data: st.DataObject) -> None:
+        """All of a request's copies or some, of several ranks in one call."""
+        copies = self.users.pop(data.draw(st.integers(0, len(self.users) - 1)))
+        gone = data.draw(st.lists(st.sampled_from(copies), unique=True)) if copies else []
+        self.pool.give(gone)
+        self.users.append([copy for copy in copies if copy not in gone])
 
     @invariant()
     def is_sound(self) -> None:
         if hasattr(self, "pool"):
             self.pool.check()
-            used = {block for blocks in self.users for block in blocks}
-            free = sum(self.pool.free_on(rank) for rank in range(self.pool.ring_size))
-            assert free == self.pool.total - len(used)
-            assert self.pool.unreserved == free - self.reserved
+            used = {copy for copies in self.users for copy in copies}
+            assert used == self.pool._used
+            for rank in range(self.pool.ring_size):
+                assert self.pool.free_on(rank) == self.pool.slots_per_rank - sum(c.rank == rank for c in used)
 
 
 SMALL = settings(max_examples=25, stateful_step_count=25, deadline=None)

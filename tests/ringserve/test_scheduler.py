@@ -437,12 +437,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestScheduler.settings = settings(max_examples=400, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.long
 class TestSchedulerAtLength(SchedulerMachine.TestCase):  # type: ignore[misc, name-defined]
-    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None,
+    settings = settings(max_examples=6000, stateful_step_count=60, deadline=None,
                         suppress_health_check=[HealthCheck.too_slow])
 
 
