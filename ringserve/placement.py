@@ -79,10 +79,11 @@ class Placer:
         found = ((number, look(number)) for number in range(count))
         return {number: block for number, block in found if block is not None}
 
-    def place(self, request: Request, blocks: int, reserve: int, loads: Sequence[float],
-              keep: int = 0) -> Placement | None:
+    def place(self, request: Request, blocks: int, reserve: int, loads: Sequence[float], keep: int = 0, *,
+              alone: bool = False) -> Placement | None:
         """Where the request's `blocks` and `reserve` more would lie now; None when there is no room. `loads`: [ranks]
-        seconds of work that each has. `keep`: slots of each rank that must stay free."""
+        seconds of work that each has. `keep`: slots of each rank that must stay free. `alone`: nothing else runs, so
+        waiting brings no room; what was found is given up if spare copies of it are in the way."""
         room = [self._cache.room_on(rank) - keep for rank in range(self._ring)]
         found = self.find(request)
         width = self.width_of(request)
@@ -90,7 +91,7 @@ class Placer:
             placement = self._on(request, ranks, blocks, reserve, found, room, keep)
             if placement is not None:
                 return placement
-        return None
+        return self._on(request, list(range(self._ring)), blocks, reserve, {}, room, keep) if alone and found else None
 
     def _candidates(self, request: Request, found: dict[int, Block], width: int,
                     loads: Sequence[float]) -> list[list[int]]:

@@ -105,6 +105,13 @@ class PrefixCache:
         block.copies[rank] = copy = self.pool.take(rank, 1)[0]
         return copy
 
+    def keep_copies(self, block: Block, ranks: set[int]) -> bool:
+        """Give back the copies of a block in use that lie on other ranks. Whether there were any."""
+        assert block.users
+        spare = [rank for rank in block.copies if rank not in ranks]
+        self.pool.give([block.copies.pop(rank) for rank in spare])
+        return bool(spare)
+
     def use(self, block: Block, request: "Request") -> None:
         """One more request uses a block that was found."""
         if not block.users:

@@ -464,7 +464,7 @@ class Scheduler:
         known = len(request.token_ids)
         until = min(request.max_total_tokens, known + self.config.output_reserve)
         placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
-                                       self._loads(), self._kept_back(until))
+                                       self._loads(), keep=self._kept_back(until), alone=not self._running)
         if placement is None:
             return False
         self._waiting.remove(request)
@@ -520,6 +520,8 @@ class Scheduler:
             try:
                 self._grow(request)
             except NoFreeSlotsError:
+                if self._drop_spare_copies():
+                    continue
                 oldest = min(self._running.values(), key=lambda r: (r.arrival, r.handle))
                 others = [r for r in self._running.values() if r is not oldest]
                 assert others, "one request alone always fits"
@@ -532,6 +534,16 @@ class Scheduler:
                 if victim is request:
                     return False
         return True
+
+    def _drop_spare_copies(self) -> bool:
+        """Give up copies that no request uses of blocks that are in use. Whether there were any."""
+        dropped = False
+        for request in self._running.values():
+            for number, block in enumerate(request.blocks):
+                if len(block.copies) > 1:
+                    used = {user.holders[number] for user in block.users}
+                    dropped |= self.cache.keep_copies(block, used)
+        return dropped
 
     def _slack(self, request: Request, now: float) -> float:
         return request.deadline - now - self._prospect(request).remaining_s
@@ -677,7 +689,7 @@ class Scheduler:
         until = min(request.max_total_tokens, known + self.config.output_reserve)
         found = self._placer.find(request)
         placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
-                                       self._loads(), self._kept_back(until))
+                                       self._loads(), keep=self._kept_back(until))
         cached = sum(self.block_size for _ in found)
         width = len(placement.ranks) if placement is not None else self._placer.width_of(request)
         own = self._prefill_seconds(min(cached, known - 1), known, width)

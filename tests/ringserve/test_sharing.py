@@ -434,3 +434,38 @@ def test_random_sharing(data: st.DataObject, ring: int, width: int | None, polic
             assert 0 <= cached_tokens(driven, name) <= (request.prompt_tokens - 1) // BLOCK * BLOCK or (
                 driven.scheduler.parked)
     driven.finish()
+
+
+def with_copies_on_both_ranks(slots: int) -> Driven:
+    """A ring of two, whose cache holds two copies of each block of a prefix of 16 tokens."""
+    driven = Driven(ring=2, slots=slots, block=4, prefix_cache=True, width=1, reserve=1)
+    prefix = list(range(1, 17))
+    driven.add("first", [*prefix, 20], max_tokens=1)
+    while driven.scheduler.has_work:
+        driven.step()
+    for block in driven.cache._blocks.values():
+        # As a second narrow request on the other rank would have left it.
+        [rank] = block.copies
+        request = driven.requests["first"]
+        driven.cache.use(block, request)
+        copy = driven.cache.add_copy(block, 1 - rank)
+        for i in range(4):
+            driven.ranks.stored[copy.rank, 0, copy.slots[0] * 4 + i] = driven.ranks.stored[
+                rank, 0, block.copies[rank].slots[0] * 4 + i]
+        driven.cache.release(block, request)
+    assert all(len(block.copies) == 2 for block in driven.cache._blocks.values())
+    return driven
+
+
+def test_spare_copies_make_room_for_one_that_grows() -> None:
+    driven = with_copies_on_both_ranks(slots=5)
+    driven.add("whole", [*range(1, 17), 21], max_tokens=40 - 17)
+    driven.finish()
+    driven.assert_right("whole")
+
+
+def test_spare_copies_do_not_keep_a_request_waiting_for_ever() -> None:
+    driven = with_copies_on_both_ranks(slots=5)
+    driven.add("whole", [*range(1, 17), *range(2, 22)], max_tokens=4)
+    driven.finish()
+    driven.assert_right("whole")
