@@ -1,4 +1,6 @@
-"""Rings of real rank processes, kept alive over many tests: importing torch takes seconds in each process."""
+"""Rings of real rank processes, kept alive over many tests: importing torch takes seconds in each process.
+
+Their steps have no time limit, so that chunks are the same on every machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ class Rings:
         config = EngineConfig(
             model=ModelConfig(model=str(checkpoint)), ring=ring,
             cache=CacheConfig(block_size=block_size, kv_cache_gib=kv_cache_gib),
-            scheduler=SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=16))
+            scheduler=SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=16, max_step_ms=1e6))
         key = (ring_size, transport)
         if key not in self._executors:
             self._executors[key] = LocalExecutor(ring_size, place_ranks(ring), 60)

@@ -95,7 +95,7 @@ def thread_engine(checkpoint: Path, ring_size: int, mode: RingMode, block_size: 
     config = EngineConfig(
         model=ModelConfig(model=str(checkpoint)), cache=CacheConfig(block_size=block_size, kv_cache_gib=1e-5),
         ring=RingConfig(ring_size=ring_size, device="cpu", ring_mode=mode, ring_segment=64),
-        scheduler=SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=16))
+        scheduler=SchedulerConfig(max_chunk_tokens=chunk, max_running_requests=16, max_step_ms=1e6))
     read = read_checkpoint(config.model)
     dtype = getattr(torch, read.dtype)
     model, layers = load_checked(read, torch.device("cpu"), dtype)
