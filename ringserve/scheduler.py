@@ -45,7 +45,8 @@ HOME_SLACK_BLOCKS = 4
 """Output blocks a home rank may hold beyond the mean and a quarter: short requests do not wander."""
 PROGRESS_INTERVAL_S = 0.1
 RIDE_SHARE = 0.5
-"""Of a step's budget, for short prefills whatever the policy says: they need not wait until they are late."""
+"""Of a step's time and tokens, for short prefills beside others, whatever the policy says: they need not wait until
+they are late."""
 DEADLINE_BASE_S, DEADLINE_STRETCH = 1.0, 3.0
 """The default wish for a first token: a second, and three times the prefill's own time."""
 SMALL = 1 / 16
@@ -225,9 +226,10 @@ class Scheduler:
                 riders.append((served, request.deadline, request.handle, request))
         done: set[int] = set()
         taken = 0
-        ride_until = base + RIDE_SHARE * max(budget_s - base, LEAST_SHARE * budget_s)
+        share = RIDE_SHARE if len(riders) < len(order) else 1.0
+        ride_until = base + share * max(budget_s - base, LEAST_SHARE * budget_s)
         for *_, request in sorted(riders):
-            if used := self._take(request, int(left * RIDE_SHARE) - taken, cost, ride_until, 0, picked, now):
+            if used := self._take(request, int(left * share) - taken, cost, ride_until, 0, picked, now):
                 taken += used
                 done.add(request.handle)
         for _, request in sorted(order):
