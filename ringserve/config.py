@@ -131,7 +131,8 @@ class SchedulerConfig:
     """Ranks that each request uses. Unset: as many as make it faster by enough, by the cost model."""
 
     max_queue_s: float | None = None
-    """Predicted seconds of prefill work, running and queued, beyond which requests are refused. Unset: no limit."""
+    """Predicted seconds of prefill work, running and queued, beyond which requests are refused; for short requests,
+    seconds of short ones. Unset: no limit."""
 
     tenant_weights: tuple[str, ...] = ()
     """Shares of tenants that differ from 1, written name=2."""

@@ -144,7 +144,8 @@ class Scheduler:
                                   self._drain_seconds())
         if limit is None or not (self._waiting or self._running):
             return
-        ahead = self.queued_seconds()
+        # A short one rides along beside long ones: only other short ones are in its way.
+        ahead = self.queued_seconds(short_only=self._rides(request))
         if ahead + request.total_s > limit:
             self.refused += 1
             raise OverloadedError(f"the work in the queue takes about {ahead:.0f} s and this request another "
@@ -217,7 +218,7 @@ class Scheduler:
         riders: list[tuple[float, float, int, Request]] = []
         for request in prefills:
             served = self.tenants.served(request.scheduling.tenant)
-            rides = self.config.ride_along and request.total_s <= SHORT_STEPS * self.budget_s
+            rides = self._rides(request)
             key = self._policy(self._prospect(request), now, self.budget_s)
             # Those who ride have their half of the step; the rest is for the others first, or a stream of short ones
             # would leave nothing for a long one.
@@ -621,9 +622,14 @@ class Scheduler:
         left = self.cost.flops(min(request.done, request.prompt_tokens), request.prompt_tokens)
         return request.total_s * left / whole if whole > 0 else 0.0
 
-    def queued_seconds(self) -> float:
-        """Predicted seconds of all prefill work that is running or waiting."""
-        return sum(self.remaining_s(r) for r in itertools.chain(self._running.values(), self._waiting))
+    def queued_seconds(self, short_only: bool = False) -> float:
+        """Predicted seconds of all prefill work that is running or waiting; of the short ones alone, if so asked."""
+        return sum(self.remaining_s(r) for r in itertools.chain(self._running.values(), self._waiting)
+                   if not short_only or self._rides(r))
+
+    def _rides(self, request: Request) -> bool:
+        """Whether a prefill is short enough to be served beside the others."""
+        return self.config.ride_along and request.total_s <= SHORT_STEPS * self.budget_s
 
     def _drain_seconds(self) -> float:
         """Until something should have ended."""

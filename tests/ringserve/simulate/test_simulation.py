@@ -127,6 +127,12 @@ def test_what_exceeds_the_queue_is_refused_with_an_honest_wait() -> None:
     assert simulation.scheduler.refused == sum(o.refused for o in outcomes)
 
 
+def test_a_queue_of_long_prompts_refuses_no_short_one() -> None:
+    simulation = make(max_queue_s=30.0)
+    outcomes = simulation.run([*(arrival(1 + i, 500_000) for i in range(4)), arrival(9, 512, at=0.5)])
+    assert any(o.refused for o in outcomes[:4]) and not outcomes[-1].refused
+
+
 def test_the_report_and_the_chart(tmp_path: Path) -> None:
     summaries = [simulate(Simulate(seconds=3.0), policy, load) for policy in ("edf", "fcfs")  # type: ignore[arg-type]
                  for load in (0.5, 1.0)]
