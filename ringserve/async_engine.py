@@ -50,6 +50,8 @@ from ringserve.updates import (
 
 logger = logging.getLogger(__name__)
 
+STALL_S = 60.0
+"""Beyond the time-out of a step: an engine that says nothing for so long hangs."""
 START_TIMEOUT_S = 3600.0
 """For loading the weights of a large model from a slow disk, twice over."""
 NEEDLE = "needle"
@@ -79,11 +81,14 @@ class AsyncEngine:
     """Use `await AsyncEngine.start(config)`; `close()` ends all its processes."""
 
     def __init__(self, process: ChildProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
-                 info: EngineInfo, tokenizer: Tokenizer, end_token_ids: tuple[int, ...], most_requests: int) -> None:
+                 info: EngineInfo, tokenizer: Tokenizer, end_token_ids: tuple[int, ...], most_requests: int,
+                 answer_timeout_s: float) -> None:
         self.info, self.tokenizer = info, tokenizer
         self.dead: EngineDeadError | None = None
         self._process, self._reader, self._writer = process, reader, writer
         self._end_token_ids = end_token_ids
+        self._answer_timeout_s = answer_timeout_s
+        """For the engine's word on a request: it comes between two steps."""
         self.most_requests = most_requests
         """Running and queued together; more are refused."""
         self._streams: dict[str, RequestStream] = {}
@@ -132,7 +137,8 @@ class AsyncEngine:
             dtype=ready.dtype, decisions=tuple(ready.decisions),
             pids=(process.pid, *ready.pids))
         most = config.scheduler.most_running + config.scheduler.max_waiting_requests
-        return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most)
+        return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most,
+                   config.ring.step_timeout_s + STALL_S)
 
     # Requests
 
@@ -185,7 +191,9 @@ class AsyncEngine:
         self._admissions[request_id] = answered
         try:
             self._send(command)
-            answer = await answered
+            answer = await asyncio.wait_for(answered, self._answer_timeout_s)
+        except TimeoutError:
+            raise EngineError(f"the engine gave no answer within {self._answer_timeout_s:.0f} s") from None
         finally:
             self._admissions.pop(request_id, None)
         if answer.estimate is None:

@@ -1,5 +1,6 @@
 """LLMEngine: schedule, execute, update. What it starts with is decided here, once, and said."""
 
+import math
 import random
 import time
 from array import array
@@ -22,6 +23,8 @@ from ringserve.updates import AddRequest, RequestUpdate
 CACHE_SHARE = 0.6
 """Of the memory that is free after the largest step has been run once."""
 WARM_UP = "warm-up"
+LEARNED_OUTPUT = 8
+"""Tokens that each request of the start decodes."""
 STEP_MS = (100.0, 500.0)
 """Bounds of the default of `max_step_ms`."""
 ALONE_S = 0.5
@@ -49,10 +52,7 @@ class LLMEngine:
 
     def add(self, command: AddRequest) -> Estimate:
         """Queue a request and tell what is known of it. Raises RequestError when it cannot be queued."""
-        request = self._request(command)
-        estimate = self.scheduler.estimate(request)
-        self.scheduler.add(request)
-        return estimate
+        return self.scheduler.add(self._request(command))
 
     def estimate(self, command: AddRequest) -> Estimate:
         """What would become of a request. Raises RequestError when it could not be queued."""
@@ -125,27 +125,33 @@ class LLMEngine:
         block = self.config.cache.block_size
         self.pool = BlockPool(self.executor.ring_size, len(self.executor.groups), slots)
         cache = PrefixCache(self.pool, block, lambda index: cost.flops(index * block, (index + 1) * block),
-                            enabled=self.config.cache.prefix_cache, identity=self.config.model.model)
+                            enabled=self.config.cache.prefix_cache, identity=repr(self.config.model))
         self.scheduler = Scheduler(self.config.scheduler, cache, cost)
+        # Until the costs are known: the largest chunk must be run whole, or its memory would not be seen.
+        self.scheduler.budget_s = self.scheduler.alone_budget_s = math.inf
         self.scheduler.epoch = self.executor.epoch
         self.machine = machine
 
     def _learn(self, chunk: int) -> None:
-        """What steps cost here: from an earlier start, and from a few steps now."""
-        cost = self.scheduler.cost
-        known = self._learned is not None and cost.load(self._learned)
-        seconds = self._run_alone(chunk, 8, everywhere=True)
+        """What steps cost here: from an earlier start, and from a few steps now. Then steps get their budget."""
+        scheduler, asked = self.scheduler, self.config.scheduler.max_step_ms
+        known = self._learned is not None and scheduler.cost.load(self._learned)
+        chunk = min(chunk, self.max_model_len - 1)
+        seconds = self._run_alone(chunk, LEARNED_OUTPUT, everywhere=True)
+        one_rank = self.pool.slots_per_rank * self.config.cache.block_size - LEARNED_OUTPUT
         for tokens in (chunk // 2, chunk // 8, 1) if not known else ():
-            self._run_alone(max(1, tokens), 8, everywhere=False)
-        asked = self.config.scheduler.max_step_ms
-        if asked is None:
-            self.scheduler.budget_s = min(max(seconds * 1000, STEP_MS[0]), STEP_MS[1]) / 1000
-            self.scheduler.alone_budget_s = max(ALONE_S, self.scheduler.budget_s)
-        self.scheduler.cache.clear()
-        why = "asked for" if asked is not None else (
-            f"a chunk of {chunk} tokens took {seconds * 1000:.0f} ms), {self.scheduler.alone_budget_s * 1000:.0f} ms "
-            "while a request is alone (less is wasted")
-        self.decisions.append(f"steps of at most {self.scheduler.budget_s * 1000:.0f} ms ({why})"
+            if 1 <= tokens <= one_rank:
+                self._run_alone(tokens, LEARNED_OUTPUT, everywhere=False)
+        scheduler.cache.clear()
+        if asked is not None:
+            scheduler.budget_s = scheduler.alone_budget_s = asked / 1000
+            why = "asked for"
+        else:
+            scheduler.budget_s = min(max(seconds * 1000, STEP_MS[0]), STEP_MS[1]) / 1000
+            scheduler.alone_budget_s = max(ALONE_S, scheduler.budget_s)
+            why = (f"a chunk of {chunk} tokens took {seconds * 1000:.0f} ms), {scheduler.alone_budget_s * 1000:.0f} ms "
+                   "while a request is alone (less is wasted")
+        self.decisions.append(f"steps of at most {scheduler.budget_s * 1000:.0f} ms ({why})"
                               + (", costs known from an earlier start" if known else ""))
 
     def _run_alone(self, tokens: int, output: int, *, everywhere: bool) -> float:

@@ -146,8 +146,7 @@ class EngineProcess:
     def _main_loop(self) -> None:
         """Take commands between steps; without work, wait for one."""
         while True:
-            if not self._engine.has_work:
-                self._keep_what_was_learned()
+            self._keep_what_was_learned()
             for command in self._inbox.drain() if self._engine.has_work else [self._inbox.get()]:
                 self._take(command)
             if self._engine.has_work:
@@ -169,7 +168,7 @@ class EngineProcess:
                 retry_after_s=error.retry_after_s if isinstance(error, OverloadedError) else None))
 
     def _keep_what_was_learned(self) -> None:
-        """While there is nothing to do, and not often: it is a file, and it need not be the newest."""
+        """Not often: it is a file, and it need not be the newest."""
         now = time.monotonic()
         if now - self._kept < KEEP_S:
             return

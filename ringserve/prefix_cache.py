@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import itertools
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ class PrefixCache:
         self._floor = 0.0
         """Priority of what was last evicted."""
         self.evicted = 0
+        """Copies, since the start."""
 
     def room_on(self, rank: int) -> int:
         """Slots that can be had: free, or with blocks that nobody uses; not those set aside."""
@@ -77,18 +79,15 @@ class PrefixCache:
         block = self._blocks.get(key) if self.enabled else None
         return block if block is not None and block.token_ids == token_ids else None
 
-    def is_idle(self, block: Block) -> bool:
-        return not block.users
-
     # Blocks in use
 
-    def new_blocks(self, request: "Request", holders: Sequence[int], start: int) -> list[Block]:
-        """Blocks `start`, `start` + 1, ... of a request, on these ranks. Raises NoFreeSlotsError and takes nothing."""
-        counts = {rank: holders.count(rank) for rank in set(holders)}
+    def new_blocks(self, request: "Request", places: Sequence[tuple[int, int]]) -> list[Block]:
+        """Blocks of a request: `places` are (number, rank). Raises NoFreeSlotsError and takes nothing."""
+        counts = Counter(rank for _, rank in places)
         for rank, count in counts.items():
             self._make_room(rank, count)
         streams = {rank: iter(self.pool.take(rank, count)) for rank, count in counts.items()}
-        return [self._own(request, next(streams[rank]), start + i) for i, rank in enumerate(holders)]
+        return [self._own(request, next(streams[rank]), number) for number, rank in places]
 
     def extend(self, request: "Request", rank: int, after: Copy | None, index: int) -> Block:
         """One more block of a growing request. Raises NoFreeSlotsError."""
@@ -182,10 +181,6 @@ class PrefixCache:
         """Evict whatever nobody uses."""
         for rank in range(self.pool.ring_size):
             self._make_room(rank, self.pool.free_on(rank) + self._idle[rank])
-
-    @property
-    def idle_blocks(self) -> int:
-        return sum(self._idle)
 
     def check(self) -> None:
         """Full invariant check."""

@@ -108,24 +108,26 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queue a request that was validated. Raises InvalidValueError when its id is in use, OverloadedError when
-        the queue is full, in requests or in predicted seconds."""
-        self._prepare(request)
+    def add(self, request: Request) -> Estimate:
+        """Queue a request that was validated, and tell what is known of it. Raises InvalidValueError when its id is in
+        use, OverloadedError when the queue is full, in requests or in predicted seconds."""
         if request.request_id in self._by_id:
             raise InvalidValueError(f"request id {request.request_id!r} is already in use", "request_id")
-        self._check_load(request)
+        try:
+            estimate = self.estimate(request)
+        except OverloadedError:
+            self.refused += 1
+            raise
         if self._by_id:
             self._last_company = self._clock()
         self.tenants.join(request.scheduling.tenant, self._active_tenants())
         self._by_id[request.request_id] = request
         self._waiting.append(request)
         self._full = False
+        return estimate
 
     def _prepare(self, request: Request) -> None:
         """What follows from the request alone: its keys, its cost, its deadline."""
-        if request.held:
-            return
         ring = self.pool.ring_size
         request.held, request.keys_on, request.reserved = [0] * ring, [0] * ring, [0] * ring
         if self.cache.enabled:
@@ -139,7 +141,6 @@ class Scheduler:
     def _check_load(self, request: Request) -> None:
         limit = self.config.max_queue_s
         if len(self._waiting) >= self.config.max_waiting_requests + self.config.most_running - len(self._running):
-            self.refused += 1
             raise OverloadedError(f"{len(self._waiting)} requests are queued, which is the limit",
                                   self._drain_seconds())
         if limit is None or not (self._waiting or self._running):
@@ -147,7 +148,6 @@ class Scheduler:
         # A short one rides along beside long ones: only other short ones are in its way.
         ahead = self.queued_seconds(short_only=self._rides(request))
         if ahead + request.total_s > limit:
-            self.refused += 1
             raise OverloadedError(f"the work in the queue takes about {ahead:.0f} s and this request another "
                                   f"{request.total_s:.0f} s; the limit is {limit:g} s",
                                   max(1.0, ahead + request.total_s - limit))
@@ -158,9 +158,9 @@ class Scheduler:
         request = self._by_id.get(request_id)
         if request is None:
             return False
-        self.cancelled["satisfied" if satisfied else
-                       "queued" if request.status is RequestStatus.WAITING and not request.output_tokens
-                       else "decode" if request.output_tokens else "prefill"] += 1
+        if not satisfied:
+            waits = request.status is RequestStatus.WAITING
+            self.cancelled["decode" if request.output_tokens else "queued" if waits else "prefill"] += 1
         self._finish(request)
         return True
 
@@ -405,7 +405,7 @@ class Scheduler:
     def _append(self, request: Request, sampled: SampledTokens, now: float) -> RequestUpdate:
         first = request.output_tokens == 0
         if first:
-            request.cached_tokens = max(0, request.prompt_tokens - request.computed_itself)
+            request.cached_tokens = request.prompt_tokens - request.computed_itself
         taken: list[int] = []
         reason: str | None = None
         for token in sampled.token_ids:
@@ -497,10 +497,9 @@ class Scheduler:
             cache.use(block, request)
         numbers = [n for n in range(len(placement.holders)) if n not in found]
         # Runs of missing blocks share one call, so that their slots are adjacent.
-        made = dict(zip(numbers, cache.new_blocks(request, [placement.holders[n] for n in numbers], 0)))
+        made = dict(zip(numbers, cache.new_blocks(request, [(n, placement.holders[n]) for n in numbers])))
         for number, rank in enumerate(placement.holders):
             block = found.get(number) or made[number]
-            block.index = number
             if rank not in block.copies:
                 self._copy(block, rank, request.handle)
             request.take_block(block, rank)
@@ -690,15 +689,15 @@ class Scheduler:
         return sum(min(self.remaining_s(r), own_s) for r in others)
 
     def estimate(self, request: Request) -> Estimate:
-        """What is known of a request before it is added. Raises OverloadedError as `add` would."""
+        """What is known of a request before it runs. Raises OverloadedError as `add` would."""
         self._prepare(request)
         self._check_load(request)
         known = len(request.token_ids)
         until = min(request.max_total_tokens, known + self.config.output_reserve)
-        found = self._placer.find(request)
         placement = self._placer.place(request, self._blocks(known), self._blocks(until) - self._blocks(known),
                                        self._loads(), keep=self._kept_back(until))
-        cached = sum(self.block_size for _ in found)
+        found = placement.found if placement is not None else self._placer.find(request)
+        cached = self.block_size * len(found)
         width = len(placement.ranks) if placement is not None else self._placer.width_of(request)
         own = self._prefill_seconds(min(cached, known - 1), known, width)
         request.total_s = max(own, 1e-6)

@@ -24,6 +24,7 @@ from tests.families import load_eager
 from tests.processes import descendants, kill, listeners, wait_until_gone
 from tests.ringserve.conftest import FamilyDirectory
 
+GREEDY_SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 
@@ -200,3 +201,12 @@ def test_a_forgotten_object_is_closed(family_directory: FamilyDirectory) -> None
     del llm
     gc.collect()
     wait_until_gone(pids)
+
+
+@pytest.mark.parametrize("gib", [0.0002, 0.0005])
+def test_a_cache_smaller_than_a_chunk_starts_and_serves(gib: float, family_directory: FamilyDirectory) -> None:
+    """What is run at start to learn the costs must fit whatever room there is, also on one rank of three."""
+    with LLM(str(family_directory("llama")), ring_size=3, threads_per_rank=1, block_size=16, kv_cache_gib=gib) as llm:
+        assert llm.info.kv_capacity_tokens < 2048
+        [result] = llm.generate({"prompt_token_ids": [1] * (llm.info.max_model_len - 4)}, GREEDY_SHORT)
+        assert len(result.outputs[0].token_ids) == 4

@@ -42,7 +42,7 @@ class Ring:
               in_use: bool = False) -> list[Block]:
         """These blocks of a prompt, as another request left them on a rank, or as it has come so far."""
         other = self.request(1)
-        made = self.cache.new_blocks(other, [rank] * len(blocks), 0)
+        made = self.cache.new_blocks(other, list(enumerate([rank] * len(blocks), 0)))
         for number, block in zip(blocks, made):
             block.index, block.computed = number, computed
             block.owner = other if computed < SIZE else None
@@ -250,7 +250,7 @@ def test_room_is_never_promised_twice(data: st.DataObject, ring: int, slots: int
         rank = data.draw(ranks)
         if kind == "absent" or cache.room_on(rank) <= 0:
             continue
-        [block] = cache.new_blocks(other, [rank], number)
+        [block] = cache.new_blocks(other, list(enumerate([rank], number)))
         block.computed = 4 if kind != "partial" else data.draw(st.integers(0, 3))
         if kind != "partial":
             block.owner = None
@@ -262,7 +262,7 @@ def test_room_is_never_promised_twice(data: st.DataObject, ring: int, slots: int
             cache.release(block, other)
     for rank in range(ring):
         used = data.draw(st.integers(0, max(0, cache.room_on(rank))))
-        cache.new_blocks(other, [rank] * used, 0)
+        cache.new_blocks(other, list(enumerate([rank] * used, 0)))
         pool.reserved[rank] += data.draw(st.integers(0, max(0, cache.room_on(rank))))
     before = [cache.room_on(rank) for rank in range(ring)]
     assert all(room >= 0 for room in before)

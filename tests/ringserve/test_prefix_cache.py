@@ -41,7 +41,7 @@ def key_of(number: int) -> bytes:
 def leave(cache: PrefixCache, number: int, rank: int = 0, index: int = 0) -> Block:
     """A complete block that nobody uses."""
     request = make_request()
-    [block] = cache.new_blocks(request, [rank], index)
+    [block] = cache.new_blocks(request, list(enumerate([rank], index)))
     cache.publish(block, key_of(number), bytes_of(number))
     block.computed, block.owner = SIZE, None
     cache.release(block, request)
@@ -102,20 +102,20 @@ def test_the_tokens_are_compared() -> None:
 def test_of_two_blocks_with_one_key_the_first_is_found_and_the_second_is_dropped() -> None:
     cache = make_cache()
     first, request = leave(cache, 1), make_request()
-    [second] = cache.new_blocks(request, [0], 0)
+    [second] = cache.new_blocks(request, list(enumerate([0])))
     cache.publish(second, key_of(1), bytes_of(2))
     assert second.key is None and cache.find(key_of(1), bytes_of(2)) is None
     second.computed = SIZE
     cache.release(second, request)
     cache.check()
     assert cache.find(key_of(1), bytes_of(1)) is first
-    assert (cache.pool.free_on(0), cache.idle_blocks) == (3, 1)
+    assert (cache.pool.free_on(0), sum(cache._idle)) == (3, 1)
 
 
 def test_a_cache_that_is_off_finds_and_keeps_nothing() -> None:
     cache = make_cache(enabled=False)
     leave(cache, 1)
-    assert cached(cache, [1]) == [] and cache.pool.free_on(0) == 4 and cache.idle_blocks == 0
+    assert cached(cache, [1]) == [] and cache.pool.free_on(0) == 4 and sum(cache._idle) == 0
     cache.check()
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_is_off_finds_and_keeps_nothing() -> None:
 
 def test_a_block_being_computed_is_found_and_passes_to_its_oldest_user() -> None:
     cache, requests = make_cache(), [make_request() for _ in range(3)]
-    [block] = cache.new_blocks(requests[0], [0], 0)
+    [block] = cache.new_blocks(requests[0], list(enumerate([0])))
     cache.publish(block, key_of(1), bytes_of(1))
     for request in requests[1:]:
         assert cache.find(key_of(1), bytes_of(1)) is block
@@ -145,13 +145,13 @@ def test_a_complete_block_has_no_owner_to_pass_on() -> None:
     cache.use(block, ours)
     cache.use(block, theirs)
     cache.release(block, ours)
-    assert block.owner is None and not cache.is_idle(block)
+    assert block.owner is None and block.users
     cache.check()
 
 
 def test_blocks_of_one_call_lie_in_adjacent_slots() -> None:
     cache = make_cache(ring=2, slots=8)
-    blocks = cache.new_blocks(make_request(), [0, 1, 0, 1, 1], 7)
+    blocks = cache.new_blocks(make_request(), list(enumerate([0, 1, 0, 1, 1], 7)))
     assert [b.index for b in blocks] == [7, 8, 9, 10, 11]
     assert [[b.copies[r].slots[0] for b in blocks if r in b.copies] for r in range(2)] == [[0, 1], [0, 1, 2]]
     cache.check()
@@ -164,7 +164,7 @@ def test_old_ones_go_first_among_equals() -> None:
     for number in range(4):
         leave(cache, number)
     for number in range(3):
-        cache.new_blocks(make_request(), [0], 0)
+        cache.new_blocks(make_request(), list(enumerate([0])))
         assert cached(cache, range(4)) == list(range(number + 1, 4))
         cache.check()
 
@@ -175,7 +175,7 @@ def test_what_was_used_since_is_young_again() -> None:
     again(cache, blocks[0])
     again(cache, blocks[2])
     for left in ([0, 2, 3], [0, 2], [2], []):
-        cache.new_blocks(make_request(), [0], 0)
+        cache.new_blocks(make_request(), list(enumerate([0])))
         assert cached(cache, range(4)) == left
 
 
@@ -186,7 +186,7 @@ def test_a_deep_block_outlives_a_shallow_one_of_the_same_age() -> None:
     gone = []
     for _ in range(4):
         before = cached(cache, range(4))
-        cache.new_blocks(make_request(), [0], 0)
+        cache.new_blocks(make_request(), list(enumerate([0])))
         gone += [n for n in before if n not in cached(cache, range(4))]
     assert gone == [1, 3, 2, 0]
 
@@ -208,9 +208,10 @@ def test_a_block_in_use_is_never_evicted() -> None:
     blocks = [leave(cache, number) for number in range(3)]
     for block in blocks[:2]:
         cache.use(block, request)
-    cache.new_blocks(make_request(), [0], 0)
+    cache.new_blocks(make_request(), list(enumerate([0])))
     assert cached(cache, range(3)) == [0, 1]
-    for ask in (lambda: cache.new_blocks(make_request(), [0], 0), lambda: cache.extend(make_request(), 0, None, 0)):
+    for ask in (lambda: cache.new_blocks(make_request(), [(0, 0)]),
+                lambda: cache.extend(make_request(), 0, None, 0)):
         with pytest.raises(NoFreeSlotsError, match="1 slots wanted on rank 0, 0 free and 0 idle"):
             ask()
     assert cached(cache, range(3)) == [0, 1]
@@ -222,7 +223,7 @@ def test_too_much_evicts_nothing_on_that_rank() -> None:
     for number in range(3):
         leave(cache, number)
     with pytest.raises(NoFreeSlotsError):
-        cache.new_blocks(make_request(), [0] * 5, 0)
+        cache.new_blocks(make_request(), list(enumerate([0] * 5, 0)))
     assert cached(cache, range(3)) == [0, 1, 2] and cache.evicted == 0
     cache.check()
 
@@ -234,11 +235,11 @@ def test_a_hole_in_the_middle_costs_only_itself() -> None:
     pieces = [tokens[i * SIZE:(i + 1) * SIZE].tobytes() for i in range(5)]
     for index in (2, 0, 1, 3, 4):  # the one in the middle is the oldest
         request = make_request()
-        [block] = cache.new_blocks(request, [0], index)
+        [block] = cache.new_blocks(request, list(enumerate([0], index)))
         cache.publish(block, keys[index], pieces[index])
         block.computed, block.owner = SIZE, None
         cache.release(block, request)
-    cache.new_blocks(make_request(), [0], 0)
+    cache.new_blocks(make_request(), list(enumerate([0])))
     assert [cache.find(k, p) is not None for k, p in zip(keys, pieces)] == [True, True, False, True, True]
 
 
@@ -249,11 +250,11 @@ def test_a_copy_is_evicted_alone_and_the_block_is_still_found() -> None:
     copy = cache.add_copy(block, 1)
     assert copy.rank == 1 and set(block.copies) == {0, 1}
     cache.release(block, request)
-    assert cache.idle_blocks == 2 and cache.room_on(0) == cache.room_on(1) == 2
-    cache.new_blocks(make_request(), [0, 0], 0)
+    assert sum(cache._idle) == 2 and cache.room_on(0) == cache.room_on(1) == 2
+    cache.new_blocks(make_request(), list(enumerate([0, 0])))
     assert cached(cache, [1]) == [1] and set(block.copies) == {1}
     cache.check()
-    cache.new_blocks(make_request(), [1, 1], 0)
+    cache.new_blocks(make_request(), list(enumerate([1, 1])))
     assert cached(cache, [1]) == [] and cache.evicted == 2
     cache.check()
 
@@ -282,7 +283,7 @@ def test_clear_evicts_all_that_is_idle() -> None:
     used = leave(cache, 3)
     cache.use(used, request)
     cache.clear()
-    assert cached(cache, [1, 2, 3]) == [3] and cache.idle_blocks == 0
+    assert cached(cache, [1, 2, 3]) == [3] and sum(cache._idle) == 0
     assert (cache.pool.free_on(0), cache.pool.free_on(1)) == (3, 4)
     cache.check()
 
@@ -372,11 +373,11 @@ class CacheMachine(RuleBasedStateMachine):
         self._expect_evictions(wanted)
         if any(count > self._room(rank) for rank, count in wanted.items()):
             with pytest.raises(NoFreeSlotsError):
-                cache.new_blocks(request, holders, 0)
+                cache.new_blocks(request, list(enumerate(holders)))
             self._saw_evictions_of_a_refusal()
             self._release(len(self.requests) - 1)
             return
-        made = iter(cache.new_blocks(request, holders, 0))
+        made = iter(cache.new_blocks(request, list(enumerate(holders))))
         self._saw_evictions()
         blocks = self.requests[-1][1]
         blocks[:] = [found.get(i) or next(made) for i in range(total)]

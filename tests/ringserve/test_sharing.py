@@ -307,7 +307,7 @@ def test_a_cache_that_is_off_computes_everything() -> None:
         driven.add(f"r{i}", prompt(40), max_tokens=1)
         if i % 2:
             run(driven)
-    assert driven.ranks.computed == 4 * 40 and driven.cache.idle_blocks == 0
+    assert driven.ranks.computed == 4 * 40 and sum(driven.cache._idle) == 0
     assert all(cached_tokens(driven, f"r{i}") == 0 for i in range(4))
     right(driven)
     driven.finish()
