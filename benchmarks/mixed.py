@@ -4,17 +4,25 @@
 
 One run of one server, in this order: short requests alone, a long one alone, short ones (Poisson) while long ones run
 back to back, and different questions about one long text, the first cold and the rest from the prefix cache. A wrong
-answer ends the benchmark. `--bookkeeping` times the scheduler alone instead, without a model.
+answer ends the benchmark; of a model directory (`--model`) whose weights mean nothing only the number of tokens can be
+checked. `--peer PYTHON` then does the same with vLLM as installed beside that interpreter, and prints ratios.
+`--bookkeeping` times the scheduler alone instead, without a model.
 """
 
 import argparse
 import asyncio
+import os
 import random
+import socket
 import statistics
+import subprocess
 import sysconfig
+import tempfile
 import time
+import urllib.request
 from array import array
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +36,8 @@ from ringserve.tokenizer import Tokenizer
 SHORT_TOKENS, SHORT_OUTPUT = 256, 32
 DEPTHS = (0.03, 0.17, 0.31, 0.44, 0.58, 0.71, 0.85, 0.97)
 ETA_FROM_PERCENT = 10.0
+START_S = 600.0
+"""For vLLM, which compiles."""
 
 
 @dataclass
@@ -47,14 +57,41 @@ class Seen:
                 for at, percent, eta in self.etas if percent >= ETA_FROM_PERCENT and at < self.first_token_s]
 
 
-async def ask(client: Any, prompt: str, expected: str, output: int, salt: str) -> Seen:
+@dataclass(frozen=True)
+class Server:
+    """One engine under measurement."""
+
+    name: str
+    client: Any
+    model: str
+    own: bool
+    """Whether it is ringserve: others know no progress."""
+    known: bool
+    """Whether the model's answers are known."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one server, in seconds."""
+
+    idle_p99_s: float
+    beside_p50_s: float
+    beside_p99_s: float
+    gap_p99_s: float
+    alone_s: float
+    long_s: float
+    """Median of the long ones beside short ones."""
+
+
+async def ask(server: Server, prompt: str, expected: str, output: int, salt: str) -> Seen:
     """One streamed completion; SystemExit when the answer is wrong."""
     seen, text = Seen(), ""
     started = last = time.perf_counter()
-    stream = await client.completions.create(
-        model="needle", prompt=prompt, max_tokens=output, temperature=0, stream=True,
+    stream = await server.client.completions.create(
+        model=server.model, prompt=prompt, max_tokens=output, temperature=0, stream=True,
         stream_options={"include_usage": True},
-        extra_body={"return_progress": True, "ignore_eos": True, "cache_salt": salt})
+        extra_body={"ignore_eos": True, "cache_salt": salt} | ({"return_progress": True} if server.own else {}))
+    completion_tokens = 0
     async for chunk in stream:
         now = time.perf_counter()
         progress = getattr(chunk, "prompt_progress", None)
@@ -68,11 +105,14 @@ async def ask(client: Any, prompt: str, expected: str, output: int, salt: str) -
             last = now
             text += chunk.choices[0].text
         if chunk.usage is not None:
-            seen.prompt_tokens = chunk.usage.prompt_tokens
-            seen.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
+            seen.prompt_tokens, completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+            if chunk.usage.prompt_tokens_details is not None:
+                seen.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens or 0
     seen.end_s = time.perf_counter() - started
-    if not text.startswith(expected):
-        raise SystemExit(f"wrong answer: expected {expected!r}, got {text!r}")
+    if completion_tokens != output:
+        raise SystemExit(f"{output} tokens were asked for, {completion_tokens} came")
+    if server.known and not text.startswith(expected):
+        raise SystemExit(f"wrong answer of {server.name}: expected {expected!r}, got {text!r}")
     return seen
 
 
@@ -109,13 +149,13 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-async def poisson(client: Any, shorts: Shorts, count: int, rate: float, seed: int) -> list[Seen]:
+async def poisson(server: Server, shorts: Shorts, count: int, rate: float, seed: int) -> list[Seen]:
     """`count` short requests, sent at random moments whatever has become of the earlier ones."""
     rng = random.Random(seed)
     tasks = []
     for number in range(count):
         prompt, expected = shorts.next()
-        tasks.append(asyncio.create_task(ask(client, prompt, expected, SHORT_OUTPUT, f"short-{seed}-{number}")))
+        tasks.append(asyncio.create_task(ask(server, prompt, expected, SHORT_OUTPUT, f"short-{seed}-{number}")))
         await asyncio.sleep(rng.expovariate(rate))
     return list(await asyncio.gather(*tasks))
 
@@ -128,28 +168,23 @@ def say_shorts(console: Console, name: str, seen: Sequence[Seen]) -> None:
                   f"p99 {quantile(gaps, 0.99):.1f} ms, longest {max(gaps):.0f} ms", highlight=False)
 
 
-async def measure(console: Console, url: str, args: argparse.Namespace) -> None:
-    from openai import AsyncOpenAI
-
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=7200, max_retries=0)
-    tokenizer = Tokenizer(resolve_model("needle"))
-    shorts = Shorts(tokenizer, args.seed)
-    console.print(f"building a text of {args.tokens:,} tokens")
-    text = Haystack(tokenizer, args.tokens, DEPTHS)
+async def measure(console: Console, server: Server, text: Haystack, shorts: Shorts,
+                  args: argparse.Namespace) -> Figures:
+    console.rule(server.name)
 
     async def long(number: int, salt: str) -> Seen:
         question = text.questions[number % len(text.questions)]
-        return await ask(client, text.text + question, text.expected(number % len(text.questions), 12), 12, salt)
+        return await ask(server, text.text + question, text.expected(number % len(text.questions), 12), 12, salt)
 
-    await poisson(client, shorts, 5, 5.0, 1)  # first use of every path
-    idle = await poisson(client, shorts, args.idle_shorts, args.rate * 2, 2)
+    await poisson(server, shorts, 5, 5.0, 1)  # first use of every path
+    idle = await poisson(server, shorts, args.idle_shorts, args.rate * 2, 2)
     say_shorts(console, "idle", idle)
     service = statistics.median(s.end_s for s in idle)
     alone = await long(0, "alone")
     console.print(f"long alone: {alone.prompt_tokens:,} tokens, first token after {alone.first_token_s:.1f} s",
                   highlight=False)
 
-    beside = asyncio.create_task(poisson(client, shorts, args.shorts, args.rate, 3))
+    beside = asyncio.create_task(poisson(server, shorts, args.shorts, args.rate, 3))
     longs: list[Seen] = []
     finished_beside: list[bool] = []
     while not beside.done():
@@ -161,15 +196,30 @@ async def measure(console: Console, url: str, args: argparse.Namespace) -> None:
     console.print(f"  p99 of the first token against idle: {beside_p99 - before:+.0f} ms (wanted: at most +200)",
                   highlight=False)
     for seen, whole in zip(longs, finished_beside):
-        own = args.rate * seen.first_token_s * service if whole else float("nan")
-        console.print(f"  long: {seen.first_token_s:.1f} s, {seen.first_token_s / alone.first_token_s:.2f} of alone"
-                      + (f", {seen.first_token_s / (alone.first_token_s + own):.2f} of alone and the short ones' own "
-                         f"{own:.1f} s (wanted: at most 1.25)" if whole else " (short ones ended before it)"),
-                      highlight=False)
-    errors = [error for seen in (*longs, *mixed, alone) for error in seen.eta_errors()]
+        # When short ones end before it, they were there for their part of its time.
+        beside_it = args.rate * seen.first_token_s if whole else args.shorts
+        own = beside_it * service
+        console.print(f"  long: {seen.first_token_s:.1f} s, {seen.first_token_s / alone.first_token_s:.2f} of alone, "
+                      f"{seen.first_token_s / (alone.first_token_s + own):.2f} of alone and the short ones' own "
+                      f"{own:.1f} s (wanted: at most 1.25)"
+                      + ("" if whole else "; short ones ended before it"), highlight=False)
+    if server.own:
+        say_own(console, [*longs, *mixed, alone])
+        await questions(console, long)
+    return Figures(
+        idle_p99_s=before / 1000, beside_p50_s=quantile([s.first_token_s for s in mixed], .5),
+        beside_p99_s=beside_p99 / 1000, gap_p99_s=quantile([gap for s in mixed for gap in s.gaps_s], .99),
+        alone_s=alone.first_token_s, long_s=statistics.median(s.first_token_s for s in longs))
+
+
+def say_own(console: Console, requests: Sequence[Seen]) -> None:
+    errors = [error for seen in requests for error in seen.eta_errors()]
     console.print(f"ETA, from {ETA_FROM_PERCENT:g}% on: median error {quantile(errors, .5):.1%}, p90 "
                   f"{quantile(errors, .9):.1%}, {len(errors)} reports (wanted: 10%, 25%)", highlight=False)
 
+
+async def questions(console: Console, long: Callable[[int, str], Awaitable[Seen]]) -> None:
+    """Eight about one text: its prefill is computed once."""
     cold = await long(0, "questions")
     warm = list(await asyncio.gather(*(long(number, "questions") for number in range(1, 8))))
     console.print(f"eight questions about one text: the first {cold.first_token_s:.2f} s; the others, at once, "
@@ -177,6 +227,56 @@ async def measure(console: Console, url: str, args: argparse.Namespace) -> None:
                   f"{max(w.first_token_s for w in warm):.2f} s worst = "
                   f"{max(w.first_token_s for w in warm) / cold.first_token_s:.1%} of it (wanted: under 3%); "
                   f"{min(w.cached_tokens for w in warm):,} of {warm[0].prompt_tokens:,} tokens cached", highlight=False)
+
+
+def say_ratios(console: Console, own: Figures, peer: Figures) -> None:
+    console.rule("vLLM over ringserve, in this run")
+    for name, what in (("idle_p99_s", "first token of a short request, idle, p99"),
+                       ("beside_p50_s", "first token of a short request beside a long one, p50"),
+                       ("beside_p99_s", "the same, p99"), ("gap_p99_s", "gap between its tokens, p99"),
+                       ("alone_s", "long prompt alone"), ("long_s", "long prompt beside short ones")):
+        ours, theirs = getattr(own, name), getattr(peer, name)
+        console.print(f"{what}: {theirs:.3f} s / {ours:.3f} s = {theirs / ours:.2f}", highlight=False)
+
+
+@contextmanager
+def running_vllm(console: Console, python: str, model: Path, name: str, most_tokens: int) -> Iterator[str]:
+    """vLLM's own server on the same model directory; yields its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = os.cpu_count() or 1
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "6", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+                   "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name,
+             "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", str(most_tokens),
+             "--max-num-batched-tokens", "2048", "--max-num-seqs", "64"], stdout=log, stderr=log, env=environment)
+        try:
+            url, started = f"http://127.0.0.1:{port}", time.monotonic()
+            while not _healthy(url):
+                if process.poll() is not None or time.monotonic() - started > START_S:
+                    log.seek(0)
+                    raise SystemExit("vLLM did not start:\n" + log.read().decode(errors="replace")[-4000:])
+                time.sleep(1)
+            console.print(f"vLLM is up after {time.monotonic() - started:.0f} s", highlight=False)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def bookkeeping(console: Console) -> None:
@@ -226,15 +326,34 @@ def main() -> None:
     parser.add_argument("--max-step-ms", type=float, default=100.0)
     parser.add_argument("--ring-size", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="needle", help="or a model directory")
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with vLLM, to measure in the same run")
     parser.add_argument("--bookkeeping", action="store_true")
     args = parser.parse_args()
     console = Console(width=160)
     if args.bookkeeping:
         bookkeeping(console)
         return
+    known = args.model == "needle"
+    directory = Path(resolve_model(args.model))
+    tokenizer = Tokenizer(str(directory))
+    shorts = Shorts(tokenizer, args.seed)
+    console.print(f"building a text of {args.tokens:,} tokens")
+    text = Haystack(tokenizer, args.tokens, DEPTHS)
+
+    def run(name: str, url: str, own: bool) -> Figures:
+        from openai import AsyncOpenAI
+
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=7200, max_retries=0)
+        return asyncio.run(measure(console, Server(name, client, served, own, known), text, shorts, args))
+
+    served = "needle" if known else directory.name
     flags = ["--ring-size", str(args.ring_size), "--max-step-ms", str(args.max_step_ms), "--kv-cache-gib", "6"]
-    with running_server(console, flags) as (url, _):
-        asyncio.run(measure(console, url, args))
+    with running_server(console, flags, args.model) as (url, _):
+        figures = run("ringserve", url, own=True)
+    if args.peer:
+        with running_vllm(console, args.peer, directory, served, args.tokens + 4096) as url:
+            say_ratios(console, figures, run("vLLM", url, own=False))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from ringserve.errors import (
     StartupError,
     error_named,
 )
-from ringserve.outputs import Estimate, RequestOutput, TokenLogprob, Usage
+from ringserve.outputs import Estimate, RequestOutput
 from ringserve.plan import pack_ids
 from ringserve.processes import ChildProcess
+from ringserve.request_stream import RequestStream
 from ringserve.sampling_params import SamplingParams
 from ringserve.scheduling_params import SchedulingParams
 from ringserve.tokenizer import Tokenizer
@@ -43,7 +44,6 @@ from ringserve.updates import (
     EngineReady,
     EngineSetup,
     Report,
-    RequestUpdate,
     StartupFailed,
     Updates,
 )
@@ -156,7 +156,8 @@ class AsyncEngine:
         if len(self._streams) >= self.most_requests:
             raise OverloadedError(f"{len(self._streams)} requests are running or queued, which is the limit")
         token_ids = self.validate(prompt_token_ids, params)
-        stream = RequestStream(self, request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params))
+        stream = RequestStream(request_id, len(token_ids), Detokenizer(self.tokenizer, token_ids, params),
+                               self._end_token_ids, lambda: self.cancel(request_id, satisfied=True))
         self._streams[request_id] = stream
         try:
             await self._admission(AddRequest(
@@ -264,6 +265,8 @@ class AsyncEngine:
                     for update in report.updates:
                         if (stream := self._streams.get(update.request_id)) is not None:
                             stream.feed(update)
+                            if update.finish_reason is not None:
+                                del self._streams[update.request_id]
                 elif isinstance(report, Admission):
                     answered = self._admissions.get(report.request_id)
                     if answered is not None and not answered.done():
@@ -290,90 +293,6 @@ class AsyncEngine:
             for answered in self._admissions.values():
                 if not answered.done():
                     answered.set_exception(error)
-
-
-class RequestStream:
-    """Iterates over a request's outputs. What a slow reader has not taken is joined, so it holds no more than
-    the answer itself."""
-
-    def __init__(self, engine: AsyncEngine, request_id: str, prompt_tokens: int, detokenizer: Detokenizer) -> None:
-        self._engine, self.request_id, self._detokenizer = engine, request_id, detokenizer
-        self._prompt_tokens, self._output_tokens, self._cached_tokens = prompt_tokens, 0, 0
-        self._pending: list[RequestUpdate] = []
-        self._arrived = asyncio.Event()
-        self._error: EngineError | None = None
-        self._finished = False
-
-    def feed(self, update: RequestUpdate) -> None:
-        if self._pending and not update.token_ids and not self._pending[-1].token_ids and update.error is None:
-            self._pending.pop()
-        self._pending.append(update)
-        if update.finish_reason is not None:
-            self._engine._streams.pop(self.request_id, None)
-        self._arrived.set()
-
-    def fail(self, error: EngineError) -> None:
-        self._error = error
-        self._arrived.set()
-
-    def __aiter__(self) -> "RequestStream":
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while True:
-            if self._finished:
-                raise StopAsyncIteration
-            await self._arrived.wait()
-            if not self._pending:
-                assert self._error is not None
-                self._finished = True
-                raise self._error
-            pending, self._pending = self._pending, []
-            if self._error is None:
-                self._arrived.clear()
-            output = await self._joined(pending)
-            self._finished = output.finish_reason is not None
-            return output
-
-    async def _joined(self, updates: list[RequestUpdate]) -> RequestOutput:
-        if updates[-1].error is not None:
-            self._finished = True
-            raise EngineError(updates[-1].error)
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        text = ""
-        reason: str | None = None
-        stop_reason: str | int | None = None
-        usage: Usage | None = None
-        for update in updates:
-            self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
-            # The token that ended the answer is not part of its text.
-            shown = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
-            before = self._detokenizer.count
-            text += self._detokenizer.add(shown)
-            if self._detokenizer.stop is None and update.finish_reason is not None:
-                text += self._detokenizer.finish()
-                reason, usage = update.finish_reason, update.usage
-                if update.stop_token_id not in self._engine._end_token_ids:
-                    stop_reason = update.stop_token_id
-            taken = update.token_ids
-            if self._detokenizer.stop is not None:
-                # The engine does not know text: what it gave beyond the stop string is not part of the answer.
-                reason, stop_reason = "stop", self._detokenizer.stop
-                taken = update.token_ids[:self._detokenizer.count - before]
-            token_ids += taken
-            logprobs += update.logprobs[:len(taken)]
-            if reason is not None:
-                break
-        self._output_tokens += len(token_ids)
-        if self._detokenizer.stop is not None:
-            usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._output_tokens,
-                          cached_tokens=self._cached_tokens)
-            await self._engine.cancel(self.request_id, satisfied=True)
-        return RequestOutput(
-            request_id=self.request_id, text=text, token_ids=token_ids, logprobs=logprobs,
-            progress=next((u.progress for u in reversed(updates) if u.progress is not None), None),
-            finish_reason=reason, stop_reason=stop_reason, usage=usage)
 
 
 def resolve_model(model: str) -> str:

@@ -11,6 +11,7 @@ from ringserve.config import EngineConfig
 from ringserve.cost_model import CostModel, Machine
 from ringserve.errors import ConfigError
 from ringserve.executor import Executor
+from ringserve.forecast import StepBudget
 from ringserve.outputs import Estimate
 from ringserve.plan import unpack_ids
 from ringserve.prefix_cache import PrefixCache
@@ -25,7 +26,7 @@ CACHE_SHARE = 0.6
 WARM_UP = "warm-up"
 LEARNED_OUTPUT = 8
 """Tokens that each request of the start decodes."""
-STEP_MS = (100.0, 500.0)
+STEP_S = (0.1, 0.5)
 """Bounds of the default of `max_step_ms`."""
 ALONE_S = 0.5
 """The same for a request that is alone: whoever comes next waits that long, once."""
@@ -128,8 +129,8 @@ class LLMEngine:
                             enabled=self.config.cache.prefix_cache, identity=repr(self.config.model))
         self.scheduler = Scheduler(self.config.scheduler, cache, cost)
         # Until the costs are known: the largest chunk must be run whole, or its memory would not be seen.
-        self.scheduler.budget_s = self.scheduler.alone_budget_s = math.inf
-        self.scheduler.epoch = self.executor.epoch
+        self.scheduler.forecast.budget = StepBudget(math.inf, math.inf)
+        self.scheduler.writer.epoch = self.executor.epoch
         self.machine = machine
 
     def _learn(self, chunk: int) -> None:
@@ -144,14 +145,15 @@ class LLMEngine:
                 self._run_alone(tokens, LEARNED_OUTPUT, everywhere=False)
         scheduler.cache.clear()
         if asked is not None:
-            scheduler.budget_s = scheduler.alone_budget_s = asked / 1000
+            budget = StepBudget(asked / 1000, asked / 1000)
             why = "asked for"
         else:
-            scheduler.budget_s = min(max(seconds * 1000, STEP_MS[0]), STEP_MS[1]) / 1000
-            scheduler.alone_budget_s = max(ALONE_S, scheduler.budget_s)
-            why = (f"a chunk of {chunk} tokens took {seconds * 1000:.0f} ms), {scheduler.alone_budget_s * 1000:.0f} ms "
+            step_s = min(max(seconds, STEP_S[0]), STEP_S[1])
+            budget = StepBudget(step_s, max(ALONE_S, step_s))
+            why = (f"a chunk of {chunk} tokens took {seconds * 1000:.0f} ms), {budget.alone_s * 1000:.0f} ms "
                    "while a request is alone (less is wasted")
-        self.decisions.append(f"steps of at most {scheduler.budget_s * 1000:.0f} ms ({why})"
+        scheduler.forecast.budget = budget
+        self.decisions.append(f"steps of at most {budget.step_s * 1000:.0f} ms ({why})"
                               + (", costs known from an earlier start" if known else ""))
 
     def _run_alone(self, tokens: int, output: int, *, everywhere: bool) -> float:

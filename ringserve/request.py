@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from ringserve.block import Block
-from ringserve.cost_model import Vector
+from ringserve.fit import Vector
 from ringserve.sampling_params import SamplingParams
 from ringserve.scheduling_params import SchedulingParams
 
@@ -137,6 +137,11 @@ class Request:
         """So many more tokens of its block are computed."""
         self.done += tokens
         self.keys_on[self.holders[number]] += tokens
+
+    def count_computed(self, start: int, stop: int) -> None:
+        """The prompt tokens [start, stop) were computed for it, for the first time or again."""
+        self.computed_itself += max(0, stop - max(start, self.counted_until))
+        self.counted_until = max(self.counted_until, stop)
 
     def forget_blocks(self) -> list[Block]:
         """Let go of all blocks (their tokens become missing) and return them."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ringserve.errors import CheckpointError, InvalidValueError
+from ringserve.text_segments import TextSegments
 
 _PLACEHOLDERS = range(0xF0000, 0xFFFFE)
 """Private-use characters that stand for special strings found inside messages."""
@@ -36,7 +37,7 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = True) -> "array[int]":
         """Ids of a text. With `allow_special` it is a whole prompt: special tokens in it are recognised and
         what the model wants around a prompt is added; without, it is plain text."""
-        return array("I", self._encode(text, add=allow_special, as_text=not allow_special))
+        return self._encode(text, add=allow_special, as_text=not allow_special)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -63,7 +64,7 @@ class Tokenizer:
             raise InvalidValueError(f"the model's chat template refuses the messages: {str(error)[:200]}",
                                     "messages") from error
         if not hidden:
-            return array("I", self._encode(text, add=False, as_text=False))
+            return self._encode(text, add=False, as_text=False)
         ids = array("I")
         for number, part in enumerate(self._special_pattern.split(text)):
             if number % 2:
@@ -93,13 +94,24 @@ class Tokenizer:
         """The `tokenizers.Tokenizer` underneath."""
         return self._backend
 
-    def _encode(self, text: str, *, add: bool, as_text: bool) -> list[int]:
+    def _encode(self, text: str, *, add: bool, as_text: bool) -> "array[int]":
+        around = self._around if add else (array("I"), array("I"))
         try:
             self._backend.encode_special_tokens = as_text
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add).ids
-            return ids
+            return around[0] + self._segments.encode(text) + around[1]
         finally:
             self._backend.encode_special_tokens = False
+
+    @cached_property
+    def _segments(self) -> TextSegments:
+        return TextSegments(self._backend)
+
+    @cached_property
+    def _around(self) -> "tuple[array[int], array[int]]":
+        """What the model wants before and after a prompt."""
+        plain, whole = (self._backend.encode("a", add_special_tokens=add).ids for add in (False, True))
+        before = next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)
+        return array("I", whole[:before]), array("I", whole[before + len(plain):])
 
     @cached_property
     def _special_tokens(self) -> list[tuple[int, Any]]:

@@ -18,7 +18,8 @@ ENGINE_SEEN_BY_THE_API = {
     "ringserve.needle", "ringserve.outputs", "ringserve.sampling_params", "ringserve.scheduling_params",
     "ringserve.selftest", "ringserve.tokenizer"}
 WITHOUT_TORCH = {f"ringserve.{name}" for name in (
-    "scheduler", "block_pool", "prefix_cache", "request", "cost_model", "plan", "policy", "placement", "simulate")}
+    "scheduler", "forecast", "packing", "holdings", "plan_writer", "plan", "request", "block_pool", "prefix_cache",
+    "placement", "cost_model", "fit", "policy", "tenants", "simulate")}
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ class Haystack:
 
 
 @contextmanager
-def running_server(console: Console, flags: list[str]) -> Iterator[tuple[str, psutil.Process]]:
+def running_server(console: Console, flags: list[str], model: str = "needle") -> Iterator[tuple[str, psutil.Process]]:
     """A `ringserve serve` of our own; yields its URL and process, and ends it."""
-    process = subprocess.Popen([sys.executable, "-m", "ringserve_api.cli", "serve", "needle", "--port", "0", *flags],
+    process = subprocess.Popen([sys.executable, "-m", "ringserve_api.cli", "serve", model, "--port", "0", *flags],
                                stderr=subprocess.PIPE, text=True)
     try:
         yield _announced(console, process), psutil.Process(process.pid)

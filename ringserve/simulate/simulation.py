@@ -83,7 +83,7 @@ class Simulation:
 
     def alone_s(self, tokens: int, width: int | None = None) -> float:
         """Seconds of a prefill alone on the ring."""
-        budget = self.scheduler.budget_s
+        budget = self.scheduler.forecast.budget.step_s
         return self._truth.prefill_seconds(0, tokens, width or self.hardware.ring_size, budget,
                                            self.scheduler.config.max_chunk_tokens, BLOCK)
 
@@ -117,7 +117,7 @@ class Simulation:
         tokens = len(arrival.token_ids)
         outcome = self.outcomes[name] = Outcome(
             arrival.kind, arrival.scheduling.tenant, arrival.at, tokens, self.alone_s(tokens),
-            ahead_s=self.scheduler.queued_seconds())
+            ahead_s=self.scheduler.queued_s)
         try:
             self.scheduler.add(Request(
                 request_id=name, handle=number, token_ids=arrival.token_ids,
@@ -131,7 +131,7 @@ class Simulation:
         plan = self.scheduler.schedule()
         assert plan.rows, "work, and nothing to do"
         truth = self._truth.weights
-        busiest = max(sum(w * x for w, x in zip(truth, row)) for row in self.scheduler._step_cost.ranks)
+        busiest = max(sum(w * x for w, x in zip(truth, row)) for row in self.scheduler.step_cost.ranks)
         seconds = (busiest + truth[STEP]) * max(0.5, self._rng.gauss(1.0, NOISE))
         self.now += seconds
         self.busy_s += seconds

@@ -212,7 +212,7 @@ class Driven:
 
     def commit(self, plan: SchedulerOutput) -> None:
         output = self.ranks.execute(plan)
-        self.now += max(self.scheduler._step_cost.seconds(), 1e-4)
+        self.now += max(self.scheduler.step_cost.seconds(), 1e-4)
         self.updates = self.scheduler.update(plan, output)
         self.scheduler.check()
         for update in self.updates:

@@ -282,7 +282,7 @@ def test_room_is_never_promised_twice(data: st.DataObject, ring: int, slots: int
         return
     assert len(placement.holders) == blocks and sum(placement.reserve) == reserve
     assert set(placement.holders) <= set(placement.ranks)
-    scheduler._take_blocks(request, placement)
+    scheduler._holdings.take(request, placement)
     cache.check()
     for rank in range(ring):
         after = cache.room_on(rank)
@@ -290,4 +290,5 @@ def test_room_is_never_promised_twice(data: st.DataObject, ring: int, slots: int
         if request.held[rank] > sum(rank in b.copies for b in placement.found.values()) or placement.reserve[rank]:
             assert after >= keep, "what must stay free was taken"
     assert request.held == [request.holders.count(rank) for rank in range(ring)]
-    assert len(scheduler._copies) == len({(c.destination, *c.destination_slots) for c in scheduler._copies})
+    copies = scheduler._holdings.copies
+    assert len(copies) == len({(c.destination, *c.destination_slots) for c in copies})

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringserve.config import PolicyName
+from ringserve.packing import LEAST_SHARE
 from ringserve.plan import SchedulerOutput
 from ringserve.policy import FLOOR_STEPS, POLICIES, SHORT_STEPS, Prospect
-from ringserve.scheduler import LEAST_SHARE
 from ringserve.scheduling_params import SchedulingParams
 from tests.ringserve.fake_ranks import VOCABULARY, Driven
 
@@ -164,7 +164,7 @@ def each_step(driven: Driven, look: Callable[[SchedulerOutput, float, float], No
     while driven.scheduler.has_work:
         weights = list(driven.cost.weights)  # before the step is observed
         plan = driven.scheduler.schedule()
-        step = driven.scheduler._step_cost
+        step = driven.scheduler.step_cost
         seconds = step.seconds()
         base = [0.0] * driven.pool.ring_size
         for request, rows in driven.scheduler._in_flight:
@@ -271,7 +271,7 @@ def test_a_short_request_is_not_starved_by_a_long_one_where_decoding_fills_the_s
         driven.add(f"chat{i}", prompt(5, seed=i), max_tokens=300)
     while len(driven.scheduler._decoding) < 8:
         driven.step()
-    driven.scheduler.budget_s = 0.9 * driven.scheduler._step_cost.seconds()
+    driven.scheduler.forecast.budget.step_s = 0.9 * driven.scheduler.step_cost.seconds()
     driven.add("long", prompt(2000), max_tokens=1)
     driven.step()
     driven.add("short", prompt(8, seed=9), max_tokens=1)

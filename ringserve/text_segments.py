@@ -1,0 +1,85 @@
+"""TextSegments: a long text tokenized piece by piece, each piece once.
+
+Where a line begins with a letter, most tokenizers begin a new token whatever stands before and behind; whether this one
+does is found out by trying. Then a text may be cut there: its ids are those of its pieces, one after the other. Pieces
+are remembered, so the second question about a book costs the tokens of the question.
+"""
+
+import itertools
+import re
+from array import array
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+SEGMENT = 1 << 14
+"""Characters that a piece has at least."""
+MOST_REMEMBERED = 1 << 25
+"""Characters, of all remembered pieces together: 8 million tokens or so."""
+
+_LINE_START = re.compile(r"\n(?=[^\W\d_])")
+_KINDS = ("a", "Z", "é", "中", "7", "²", " ", "   ", "\t", "\n", "\r\n", "'", "'s", "!", "_", "/", "\u00a0", "\u200d",
+          "\u0301", "🙂", "▁", "<")
+"""One of each kind of character that patterns of tokenizers tell apart."""
+_LETTERS = ("a", "I", "é", "中")
+
+
+class TextSegments:
+    def __init__(self, backend: Any, segment: int = SEGMENT, most_remembered: int = MOST_REMEMBERED) -> None:
+        """`backend`: a `tokenizers.Tokenizer`."""
+        self._backend, self._segment, self._most_remembered = backend, segment, most_remembered
+        self._known: OrderedDict[tuple[bool, str], array[int]] = OrderedDict()
+        self._remembered = 0
+
+    def encode(self, text: str) -> "array[int]":
+        """Ids of a text, as the backend gives them for the whole without special tokens around it."""
+        ids = array("I")
+        for piece in self._pieces(text):
+            ids.extend(self._ids(piece))
+        return ids
+
+    def _pieces(self, text: str) -> list[str]:
+        if len(text) < 2 * self._segment or not self.can_cut:
+            return [text]
+        pieces, start = [], 0
+        while (cut := _LINE_START.search(text, start + self._segment)) is not None:
+            pieces.append(text[start:cut.end()])
+            start = cut.end()
+        return [*pieces, text[start:]]
+
+    def _ids(self, piece: str) -> "array[int]":
+        key = (self._backend.encode_special_tokens, piece)
+        if (ids := self._known.get(key)) is not None:
+            self._known.move_to_end(key)
+            return ids
+        ids = array("I", self._backend.encode(piece, add_special_tokens=False).ids)
+        if len(piece) >= self._segment:
+            self._known[key] = ids
+            self._remembered += len(piece)
+            while self._remembered > self._most_remembered:
+                (_, oldest), _ = self._known.popitem(last=False)
+                self._remembered -= len(oldest)
+        return ids
+
+    @cached_property
+    def can_cut(self) -> bool:
+        """Whether a new token, independent of the one before, begins wherever a line begins with a letter."""
+        return not any(map(self._crosses, self._backend.get_vocab())) and not any(
+            _LINE_START.search(token.content) or (token.lstrip and token.content[:1].isalpha())
+            for token in self._backend.get_added_tokens_decoder().values()) and self._probes_agree()
+
+    @staticmethod
+    def _crosses(token: str) -> bool:
+        """Whether a token may hold the end of a line and the letter after it. Byte-level vocabularies write a newline
+        as Ċ, and the bytes of blanks as Ġ, ĉ, č."""
+        return bool(re.search(r"\n[^\W\d_]|Ċ[^ĊĠĉč\x21-\x40\x5b-\x60\x7b-\x7e]", token))
+
+    def _probes_agree(self) -> bool:
+        before = [a + b + "\n" for a, b in itertools.product(("", *_KINDS), _KINDS)]
+        after = [a + b for a, b in itertools.product(_LETTERS, ("", *_KINDS))]
+        left, right = self._batch(before), self._batch(after)
+        whole = iter(self._batch([a + b for a, b in itertools.product(before, after)]))
+        return all(next(whole) == a + b for a, b in itertools.product(left, right))
+
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
