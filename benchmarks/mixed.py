@@ -97,8 +97,9 @@ async def ask(server: Server, prompt: str, expected: str, output: int, salt: str
         progress = getattr(chunk, "prompt_progress", None)
         if progress is not None and progress["eta_ms"] is not None:
             seen.etas.append((now - started, progress["percent"], progress["eta_ms"] / 1000))
-        if chunk.choices and chunk.choices[0].text:
-            if not text:
+        # Tokens of a model whose weights mean nothing need not make text.
+        if chunk.choices and progress is None and (chunk.choices[0].text or not server.known):
+            if not seen.first_token_s:
                 seen.first_token_s = now - started
             else:
                 seen.gaps_s.append(now - last)

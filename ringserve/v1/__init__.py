@@ -1,0 +1,1 @@
+"""Generated from api/proto: messages and services of the gRPC API."""
