@@ -90,7 +90,8 @@ async def ask(server: Server, prompt: str, expected: str, output: int, salt: str
     stream = await server.client.completions.create(
         model=server.model, prompt=prompt, max_tokens=output, temperature=0, stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True, "cache_salt": salt} | ({"return_progress": True} if server.own else {}))
+        extra_body={"ignore_eos": True, "cache_salt": salt, "return_token_ids": not server.known}
+        | ({"return_progress": True} if server.own else {}))
     completion_tokens = 0
     async for chunk in stream:
         now = time.perf_counter()
@@ -98,7 +99,7 @@ async def ask(server: Server, prompt: str, expected: str, output: int, salt: str
         if progress is not None and progress["eta_ms"] is not None:
             seen.etas.append((now - started, progress["percent"], progress["eta_ms"] / 1000))
         # Tokens of a model whose weights mean nothing need not make text.
-        if chunk.choices and progress is None and (chunk.choices[0].text or not server.known):
+        if chunk.choices and (chunk.choices[0].text if server.known else chunk.choices[0].token_ids):
             if not seen.first_token_s:
                 seen.first_token_s = now - started
             else:

@@ -6,12 +6,13 @@ import logging
 import socket
 import struct
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from ringserve.channel import encode_frame
 from ringserve.config import EngineConfig
@@ -28,7 +29,7 @@ from ringserve.errors import (
     StartupError,
     error_named,
 )
-from ringserve.outputs import Estimate, RequestOutput
+from ringserve.outputs import Estimate
 from ringserve.plan import pack_ids
 from ringserve.processes import ChildProcess
 from ringserve.request_stream import RequestStream
@@ -72,6 +73,8 @@ class EngineInfo:
     kv_capacity_tokens: int
     kv_bytes_per_token: int
     dtype: str
+    prefix_cache: bool
+    """Whether what one request computed is found by the next."""
     decisions: tuple[str, ...]
     pids: tuple[int, ...]
     """Of the engine, then of each rank."""
@@ -134,7 +137,7 @@ class AsyncEngine:
             max_model_len=ready.max_model_len, vocab_size=checkpoint.vocab_size, ring_size=ready.ring_size,
             version=importlib.metadata.version("ringserve"), default_sampling=checkpoint.default_sampling,
             kv_capacity_tokens=ready.kv_capacity_tokens, kv_bytes_per_token=ready.kv_bytes_per_token,
-            dtype=ready.dtype, decisions=tuple(ready.decisions),
+            dtype=ready.dtype, prefix_cache=config.cache.prefix_cache, decisions=tuple(ready.decisions),
             pids=(process.pid, *ready.pids))
         most = config.scheduler.most_running + config.scheduler.max_waiting_requests
         return cls(process, reader, writer, info, tokenizer, checkpoint.eos_token_ids, most,
@@ -144,7 +147,7 @@ class AsyncEngine:
 
     async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *, request_id: str,
                      return_progress: bool = False, scheduling: SchedulingParams | None = None,
-                     ) -> AsyncIterator[RequestOutput]:
+                     ) -> RequestStream:
         """Queue a request; returns when the engine has taken it. Raises RequestError or EngineDeadError before any work
         is done.
 
@@ -160,7 +163,7 @@ class AsyncEngine:
                                self._end_token_ids, lambda: self.cancel(request_id, satisfied=True))
         self._streams[request_id] = stream
         try:
-            await self._admission(AddRequest(
+            stream.estimate = await self._admission(AddRequest(
                 request_id=request_id, token_ids=pack_ids(token_ids), params=params, return_progress=return_progress,
                 end_token_ids=self._end_token_ids, scheduling=scheduling or SchedulingParams()))
         except asyncio.CancelledError:
@@ -210,7 +213,7 @@ class AsyncEngine:
             token_ids = array("I", prompt_token_ids)
         except (OverflowError, TypeError) as error:
             raise InvalidValueError(f"token ids must be integers in 0 to {vocabulary - 1}", "prompt") from error
-        if (largest := max(token_ids)) >= vocabulary:
+        if (largest := int(np.frombuffer(token_ids, np.uint32).max())) >= vocabulary:
             raise InvalidValueError(f"token id {largest} is outside the vocabulary of {vocabulary}", "prompt")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if outside := [token for token in ids if token >= vocabulary]:

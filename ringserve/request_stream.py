@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from ringserve.detokenizer import Detokenizer
 from ringserve.errors import EngineError
-from ringserve.outputs import RequestOutput, TokenLogprob, Usage
+from ringserve.outputs import Estimate, RequestOutput, TokenLogprob, Usage
 from ringserve.updates import RequestUpdate
 
 
@@ -20,6 +20,8 @@ class RequestStream:
         self._request_id, self._detokenizer = request_id, detokenizer
         self._end_token_ids, self._stop = end_token_ids, stop
         self._prompt_tokens, self._output_tokens, self._cached_tokens = prompt_tokens, 0, 0
+        self.estimate: Estimate | None = None
+        """What was known when it was queued."""
         self._pending: list[RequestUpdate] = []
         self._arrived = asyncio.Event()
         self._error: EngineError | None = None

@@ -17,7 +17,6 @@ SEGMENT = 1 << 14
 MOST_REMEMBERED = 1 << 25
 """Characters, of all remembered pieces together: 8 million tokens or so."""
 
-_LINE_START = re.compile(r"\n(?=[^\W\d_])")
 _KINDS = ("a", "Z", "é", "中", "7", "²", " ", "   ", "\t", "\n", "\r\n", "'", "'s", "!", "_", "/", "\u00a0", "\u200d",
           "\u0301", "🙂", "▁", "<")
 """One of each kind of character that patterns of tokenizers tell apart."""
@@ -42,10 +41,18 @@ class TextSegments:
         if len(text) < 2 * self._segment or not self.can_cut:
             return [text]
         pieces, start = [], 0
-        while (cut := _LINE_START.search(text, start + self._segment)) is not None:
-            pieces.append(text[start:cut.end()])
-            start = cut.end()
+        while (cut := _next_cut(text, start + self._segment)) is not None:
+            pieces.append(text[start:cut])
+            start = cut
         return [*pieces, text[start:]]
+
+    def cut(self, text: str) -> int:
+        """How many characters of a text that goes on have ids of their own, whatever follows."""
+        end = len(text) if self.can_cut else 0
+        while (end := text.rfind("\n", 0, end)) >= 0:
+            if _begins_word(text, end + 1):
+                return end + 1
+        return 0
 
     def _ids(self, piece: str) -> "array[int]":
         key = (self._backend.encode_special_tokens, piece)
@@ -65,7 +72,7 @@ class TextSegments:
     def can_cut(self) -> bool:
         """Whether a new token, independent of the one before, begins wherever a line begins with a letter."""
         return not any(map(self._crosses, self._backend.get_vocab())) and not any(
-            _LINE_START.search(token.content) or (token.lstrip and token.content[:1].isalpha())
+            _next_cut(token.content, 0) or (token.lstrip and token.content[:1].isalpha())
             for token in self._backend.get_added_tokens_decoder().values()) and self._probes_agree()
 
     @staticmethod
@@ -82,3 +89,16 @@ class TextSegments:
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def _begins_word(text: str, at: int) -> bool:
+    return text[at:at + 1].isalpha()
+
+
+def _next_cut(text: str, start: int) -> int | None:
+    """Where the next line that begins with a letter begins."""
+    at = start
+    while (at := text.find("\n", at) + 1) > 0:
+        if _begins_word(text, at):
+            return at
+    return None

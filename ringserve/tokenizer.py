@@ -39,6 +39,16 @@ class Tokenizer:
         what the model wants around a prompt is added; without, it is plain text."""
         return self._encode(text, add=allow_special, as_text=not allow_special)
 
+    def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+        """Ids of as much of a text as nothing that follows can change, and how many characters that is. Special tokens
+        are recognised; what stands around a prompt is `around`. The parts of a text give the ids of the whole."""
+        cut = len(text) if final else self._segments.cut(text)
+        return self._segments.encode(text[:cut]), cut
+
+    def encode_at_once(self, text: str) -> "array[int]":
+        """What `encode` gives for a prompt, in one piece: to hold the sum of its parts against."""
+        return array("I", self._backend.encode(text).ids)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
@@ -95,7 +105,7 @@ class Tokenizer:
         return self._backend
 
     def _encode(self, text: str, *, add: bool, as_text: bool) -> "array[int]":
-        around = self._around if add else (array("I"), array("I"))
+        around = self.around if add else (array("I"), array("I"))
         try:
             self._backend.encode_special_tokens = as_text
             return around[0] + self._segments.encode(text) + around[1]
@@ -107,7 +117,7 @@ class Tokenizer:
         return TextSegments(self._backend)
 
     @cached_property
-    def _around(self) -> "tuple[array[int], array[int]]":
+    def around(self) -> "tuple[array[int], array[int]]":
         """What the model wants before and after a prompt."""
         plain, whole = (self._backend.encode("a", add_special_tokens=add).ids for add in (False, True))
         before = next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)

@@ -150,3 +150,16 @@ def test_a_prompt_keeps_what_stands_around_it(tmp_path: Path) -> None:
     assert list(tokenizer.encode(text)) == tokenizer.backend.encode(text).ids
     assert list(tokenizer.encode(text, allow_special=False)) == tokenizer.backend.encode(
         text, add_special_tokens=False).ids
+
+
+@given(text=LINES, cuts=st.lists(st.integers(0, 200), max_size=4))
+def test_parts_that_come_one_after_the_other_give_the_ids_of_the_whole(
+        text: str, cuts: list[int], short_segments: TextSegments) -> None:
+    ids, rest, start = array("I"), "", 0
+    for stop in sorted({min(c, len(text)) for c in cuts}):
+        rest, start = rest + text[start:stop], stop
+        cut = short_segments.cut(rest)
+        ids += short_segments.encode(rest[:cut])
+        rest = rest[cut:]
+    ids += short_segments.encode(rest + text[start:])
+    assert list(ids) == short_segments._backend.encode(text, add_special_tokens=False).ids
