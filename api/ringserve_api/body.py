@@ -33,11 +33,8 @@ class BodyReader:
                 chunk, more = await self._receive(request)
                 if held + len(chunk) > self._limit:
                     raise self._too_large()
-                if self._in_flight + len(chunk) > self._total_limit:
-                    raise ApiError("server_overloaded", "too many large requests are being received",
-                                   retry_after_s=1)
+                self.hold(len(chunk))
                 held += len(chunk)
-                self._in_flight += len(chunk)
                 chunks.append(chunk)
                 if not more:
                     break
@@ -45,7 +42,16 @@ class BodyReader:
             chunks.clear()
             yield body
         finally:
-            self._in_flight -= held
+            self.let_go(held)
+
+    def hold(self, count: int) -> None:
+        """Count so many bytes as in flight. Raises ApiError when there are too many."""
+        if self._in_flight + count > self._total_limit:
+            raise ApiError("server_overloaded", "too many large requests are being received", retry_after_s=1)
+        self._in_flight += count
+
+    def let_go(self, count: int) -> None:
+        self._in_flight -= count
 
     async def _receive(self, request: Request) -> tuple[bytes, bool]:
         try:

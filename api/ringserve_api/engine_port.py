@@ -29,7 +29,20 @@ class EngineInfo(Protocol):
     @property
     def version(self) -> str: ...
     @property
+    def prefix_cache(self) -> bool: ...
+    @property
     def default_sampling(self) -> Mapping[str, Any]: ...
+
+
+class OutputStream(Protocol):
+    """What comes of a request that was queued."""
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What was known of it then."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+    async def __anext__(self) -> RequestOutput: ...
 
 
 class Engine(Protocol):
@@ -40,7 +53,7 @@ class Engine(Protocol):
 
     async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
                      request_id: str, return_progress: bool = False,
-                     scheduling: SchedulingParams = ...) -> AsyncIterator[RequestOutput]:
+                     scheduling: SchedulingParams = ...) -> OutputStream:
         """Returns when the request is queued; raises RequestError or EngineDeadError before any work.
 
         Who cancels the awaiting task need not `cancel` the request: submit itself does."""
@@ -61,6 +74,10 @@ class Tokenizer(Protocol):
     def source(self) -> str: ...
 
     def encode(self, text: str, allow_special: bool) -> "array[int]": ...
+    def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]": ...
+    def encode_at_once(self, text: str) -> "array[int]": ...
+    @property
+    def around(self) -> "tuple[array[int], array[int]]": ...
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool,
                     continue_final_message: bool, chat_template_kwargs: dict[str, Any]) -> "array[int]": ...
     def token_text(self, token_id: int) -> str: ...
@@ -75,12 +92,13 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     ring_size: int
     version: str
+    prefix_cache: bool
     default_sampling: dict[str, Any]
 
     @classmethod
     def of(cls, info: EngineInfo, name: str | None) -> "ServedModel":
         return cls(model_name=name or info.model_name, max_model_len=info.max_model_len,
-                   vocab_size=info.vocab_size, ring_size=info.ring_size, version=info.version,
+                   vocab_size=info.vocab_size, ring_size=info.ring_size, version=info.version, prefix_cache=info.prefix_cache,
                    default_sampling=dict(info.default_sampling))
 
     @property

@@ -59,12 +59,16 @@ async def read_request(state: ServerState, kind: Kind | None, request: Request, 
     """From body and headers to what the engine gets. Without a `kind` the body tells it."""
     tenant = tenant_of(request.headers, state.config.tenant_header)
     async with state.bodies.read(request) as body:
-        if len(body) <= state.config.inline_body_kib << 10:
-            prepared = prepare(kind, body, state.tokenizer, state.model)
-        else:
-            prepared = await unless_ended(request.receive, stopped, state.prompt_worker.prepare(kind, body))
+        prepared = await unless_ended(request.receive, stopped, prepare_body(state, kind, body))
     scheduling = msgspec.structs.replace(prepared.scheduling, tenant=tenant)
     return msgspec.structs.replace(prepared, scheduling=scheduling)
+
+
+async def prepare_body(state: ServerState, kind: Kind | None, body: bytes) -> Prepared:
+    """Here what is small, in the prompt worker what is large."""
+    if len(body) <= state.config.inline_body_kib << 10:
+        return prepare(kind, body, state.tokenizer, state.model)
+    return await state.prompt_worker.prepare(kind, body)
 
 
 def tenant_of(headers: Headers, name: str | None) -> str:

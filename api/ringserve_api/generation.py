@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 from ringserve.errors import EngineError, RequestError
-from ringserve.outputs import RequestOutput
-from ringserve_api.engine_port import Engine
+from ringserve.outputs import Estimate, RequestOutput
+from ringserve_api.engine_port import Engine, OutputStream
 from ringserve_api.errors import ClientDisconnected
 from ringserve_api.prepare import Kind, Prepared
 
@@ -28,7 +28,7 @@ class Generation:
         self._engine = engine
         self._prepared = prepared
         self._stopped = stopped
-        self._admission: asyncio.Task[AsyncIterator[RequestOutput]] | None = None
+        self._admission: asyncio.Task[OutputStream] | None = None
         self._pending: asyncio.Task[RequestOutput | None] | None = None
 
     async def __aenter__(self) -> "Generation":
@@ -37,8 +37,9 @@ class Generation:
     async def __aexit__(self, *_: object) -> None:
         await self.leave()
 
-    async def submit(self) -> None:
-        """Returns when the engine has queued the request; raises what it refuses it with."""
+    async def submit(self) -> Estimate | None:
+        """Returns when the engine has queued the request, with what is known of it then; raises what it refuses it
+        with."""
         prepared = self._prepared
         self._admission = asyncio.create_task(self._engine.submit(
             prepared.prompt_token_ids, prepared.params, request_id=self.request_id,
@@ -46,7 +47,7 @@ class Generation:
         # Not awaited itself: who is cancelled here must not lose a stream that has just been given, see `leave`.
         await asyncio.wait({self._admission})
         with refusals_named_for(prepared.kind):
-            self._admission.result()
+            return self._admission.result().estimate
 
     async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
         """The next event, or None after `timeout_s` without one."""
@@ -81,9 +82,6 @@ class Generation:
         await cancelled(*(task for task in (admission, pending) if task is not None))
         if admission is None or admission.cancelled() or admission.exception() is not None:
             return  # the engine never had it, or its submit has taken it back
-        outputs = admission.result()
-        if isinstance(outputs, AsyncGenerator):
-            await outputs.aclose()
         if not self.finished:
             self.finished = True
             await self._engine.cancel(self.request_id)

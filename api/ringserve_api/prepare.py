@@ -47,7 +47,7 @@ _PASSED_ON = ("min_tokens", "seed", "presence_penalty", "frequency_penalty", "in
               "ignore_eos", "skip_special_tokens")
 
 
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One request, ready for the engine."""
 
     kind: Kind
@@ -69,10 +69,22 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompt_token_ids(self) -> "array[int]":
-        ids = array("I", self.prompt_ids)
-        if sys.byteorder == "big":
-            ids.byteswap()
-        return ids
+        return from_little_endian(self.prompt_ids)
+
+
+def little_endian(ids: "array[int]") -> bytes:
+    """u32 ids as they travel."""
+    if sys.byteorder == "big":
+        ids = array("I", ids)
+        ids.byteswap()
+    return ids.tobytes()
+
+
+def from_little_endian(data: bytes) -> "array[int]":
+    ids = array("I", data)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids
 
 
 def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> Prepared:
@@ -100,12 +112,10 @@ def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineIn
     else:
         assert isinstance(fields, CompletionFields)
         ids, echo = _completion_ids(fields, tokenizer)
-    if sys.byteorder == "big":
-        ids.byteswap()
     return Prepared(
         kind=kind, params=params, scheduling=scheduling,
         service_tier="default" if fields.service_tier == "auto" else fields.service_tier,
-        prompt_ids=ids.tobytes(), stream=bool(fields.stream),
+        prompt_ids=little_endian(ids), stream=bool(fields.stream),
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
         return_progress=bool(fields.return_progress), return_token_ids=bool(fields.return_token_ids),
         echo=echo, ignored=sorted(ignored))

@@ -15,9 +15,9 @@ import sys
 
 import msgspec
 
-from ringserve_api.engine_port import ServedModel, TokenizerRecipe
+from ringserve_api.engine_port import ServedModel, Tokenizer, TokenizerRecipe
 from ringserve_api.errors import WireError, is_expected, wire_error
-from ringserve_api.prepare import Kind, Prepared, prepare
+from ringserve_api.prepare import Kind, Prepared, little_endian, prepare
 
 HEADER = struct.Struct("<I")
 
@@ -27,16 +27,41 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerRecipe
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class PrepareBody(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The body of a request, or the same thing made of a message."""
+
     kind: Kind | None
     body: bytes
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """Either of the two."""
+class EncodePart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The next part of a text that comes in pieces."""
 
-    prepared: Prepared | None = None
-    error: WireError | None = None
+    text: str
+    final: bool
+
+
+class EncodeWhole(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All of that text at once."""
+
+    text: str
+
+
+Job = PrepareBody | EncodePart | EncodeWhole
+
+
+class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    token_ids: bytes
+    """Little-endian u32."""
+    characters: int
+    """Of the text that these are the ids of: what follows may change the rest."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    error: WireError
+
+
+Reply = Prepared | Encoded | Failed
 
 
 def _read_exactly(sock: socket.socket, length: int) -> bytearray:
@@ -55,19 +80,28 @@ def _read_frame(sock: socket.socket) -> bytearray:
     return _read_exactly(sock, length)
 
 
+def _done(job: Job, tokenizer: Tokenizer, model: ServedModel) -> Prepared | Encoded:
+    if isinstance(job, PrepareBody):
+        return prepare(job.kind, job.body, tokenizer, model)
+    ids, characters = tokenizer.encode_part(job.text, final=job.final) if isinstance(job, EncodePart) else (
+        tokenizer.encode_at_once(job.text), len(job.text))
+    return Encoded(token_ids=little_endian(ids), characters=characters)
+
+
 def serve(sock: socket.socket) -> None:
     """Answer jobs until the other end closes."""
     start = msgspec.msgpack.decode(_read_frame(sock), type=Start)
     tokenizer = start.tokenizer.load()
-    decoder, encoder = msgspec.msgpack.Decoder(Job), msgspec.msgpack.Encoder()
+    decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+    encoder = msgspec.msgpack.Encoder()
     while True:
         job = decoder.decode(_read_frame(sock))
         try:
-            reply = Reply(prepared=prepare(job.kind, job.body, tokenizer, start.model))
+            reply: Reply = _done(job, tokenizer, start.model)
         except Exception as error:
             if not is_expected(error):
                 logging.exception("preparing a prompt failed")
-            reply = Reply(error=wire_error(error))
+            reply = Failed(error=wire_error(error))
         frame = encoder.encode(reply)
         sock.sendall(HEADER.pack(len(frame)))
         sock.sendall(frame)

@@ -6,19 +6,20 @@ import logging
 import os
 import socket
 import sys
+from array import array
 
 import msgspec
 
 from ringserve_api.engine_port import ServedModel, Tokenizer, TokenizerRecipe
 from ringserve_api.errors import ApiError, PreparationError
-from ringserve_api.prepare import Kind, Prepared
-from ringserve_api.prompt_worker import HEADER, Job, Reply, Start
+from ringserve_api.prepare import Kind, Prepared, from_little_endian
+from ringserve_api.prompt_worker import HEADER, Encoded, EncodePart, EncodeWhole, Failed, Job, PrepareBody, Reply, Start
 
 logger = logging.getLogger("ringserve.api")
 
 
 class PromptWorker:
-    """Prepares one body at a time in another process; callers queue for it.
+    """Does one job at a time in another process; callers queue for it.
 
     Whatever goes wrong (a crash, a time-out, a caller that is cancelled) the process is killed and the next
     one starts afresh, so the two ends never disagree about which reply belongs to which job.
@@ -32,7 +33,7 @@ class PromptWorker:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
-        self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
     @property
     def pid(self) -> int | None:
@@ -40,11 +41,28 @@ class PromptWorker:
 
     async def prepare(self, kind: Kind | None, body: bytes) -> Prepared:
         """Do what `prepare.prepare` does, without holding up the event loop."""
+        reply = await self._do(PrepareBody(kind=kind, body=body))
+        assert isinstance(reply, Prepared)
+        return reply
+
+    async def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+        """`Tokenizer.encode_part`, likewise."""
+        reply = await self._do(EncodePart(text=text, final=final))
+        assert isinstance(reply, Encoded)
+        return from_little_endian(reply.token_ids), reply.characters
+
+    async def encode_at_once(self, text: str) -> "array[int]":
+        """`Tokenizer.encode_at_once`, likewise."""
+        reply = await self._do(EncodeWhole(text=text))
+        assert isinstance(reply, Encoded)
+        return from_little_endian(reply.token_ids)
+
+    async def _do(self, job: Job) -> Prepared | Encoded:
         async with self._lock:
             finished = False
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    reply = await self._exchange(Job(kind=kind, body=body))
+                    reply = await self._exchange(job)
                 finished = True
             except TimeoutError:
                 raise ApiError("deadline_exceeded",
@@ -55,10 +73,9 @@ class PromptWorker:
             finally:
                 if not finished:
                     await self._kill()
-        if reply.error is not None:
+        if isinstance(reply, Failed):
             raise PreparationError(reply.error)
-        assert reply.prepared is not None
-        return reply.prepared
+        return reply
 
     async def start(self) -> None:
         """Start the process now, so that the first large prompt does not wait for it."""

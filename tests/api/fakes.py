@@ -39,6 +39,18 @@ class ByteTokenizer:
             time.sleep(float(text.split(" ", 2)[1]))
         return array("I", list(text.encode()))
 
+    def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+        """Whatever comes after the last newline may change."""
+        cut = len(text) if final else text.rfind("\n") + 1
+        return self.encode(text[:cut], allow_special=True), cut
+
+    def encode_at_once(self, text: str) -> "array[int]":
+        return self.encode(text, allow_special=True)
+
+    @property
+    def around(self) -> "tuple[array[int], array[int]]":
+        return array("I"), array("I")
+
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool,
                     continue_final_message: bool, chat_template_kwargs: dict[str, Any]) -> "array[int]":
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
@@ -61,7 +73,19 @@ class FakeInfo:
     vocab_size: int = VOCAB_SIZE
     ring_size: int = 2
     version: str = "0.1.0"
+    prefix_cache: bool = True
     default_sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.5, "top_k": 7})
+
+
+class FakeStream:
+    def __init__(self, outputs: AsyncIterator[RequestOutput], estimate: Estimate) -> None:
+        self._outputs, self.estimate = outputs, estimate
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self._outputs
+
+    def __anext__(self) -> Any:
+        return self._outputs.__anext__()
 
 
 class FakeEngine:
@@ -104,13 +128,13 @@ class FakeEngine:
 
     async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
                      request_id: str, return_progress: bool = False,
-                     scheduling: SchedulingParams = NO_WISHES) -> AsyncIterator[RequestOutput]:
+                     scheduling: SchedulingParams = NO_WISHES) -> FakeStream:
         self.asked.append(request_id)
         ids, n_output = self._fitting(prompt_token_ids, params)
         await self._admission(request_id)
         self.submitted.append((request_id, ids, params))
         self.scheduled.append(scheduling)
-        return self._run(ids, params, n_output, request_id, return_progress)
+        return FakeStream(self._run(ids, params, n_output, request_id, return_progress), self._estimate(ids, n_output))
 
     async def estimate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams,
                        scheduling: SchedulingParams = NO_WISHES) -> Estimate:
@@ -119,6 +143,9 @@ class FakeEngine:
         await self._admission("estimate")
         self.estimated.append(ids)
         self.scheduled.append(scheduling)
+        return self._estimate(ids, n_output)
+
+    def _estimate(self, ids: list[int], n_output: int) -> Estimate:
         return Estimate(prompt_tokens=len(ids), cached_tokens=len(ids) // 64 * 64, ring_width=self.info.ring_size,
                         kv_bytes=100 * (len(ids) + n_output), queue_ms=None, first_token_ms=7, queue_position=4)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,9 @@ from ringserve_api.state import ServerState
 from starlette.types import Message
 
 from ringserve.errors import EngineDeadError, InvalidValueError, OverloadedError
-from ringserve.outputs import RequestOutput
 from ringserve.sampling_params import SamplingParams
 from ringserve.scheduling_params import SchedulingParams
-from tests.api.fakes import NO_WISHES, ByteTokenizer, FakeEngine, FakeInfo
+from tests.api.fakes import NO_WISHES, ByteTokenizer, FakeEngine, FakeInfo, FakeStream
 
 BODIES: dict[Kind, bytes] = {
     "completions": b'{"model": "needle", "prompt": "abc", "max_tokens": 2, "priority": 3}',
@@ -29,7 +28,7 @@ class DeafEngine(FakeEngine):
 
     async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
                      request_id: str, return_progress: bool = False,
-                     scheduling: SchedulingParams = NO_WISHES) -> AsyncIterator[RequestOutput]:
+                     scheduling: SchedulingParams = NO_WISHES) -> FakeStream:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:

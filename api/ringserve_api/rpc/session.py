@@ -1,0 +1,185 @@
+"""Session: one request from its Open to its last event, whether its client is connected or not."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import msgspec
+
+from ringserve.errors import EngineError, RingserveError
+from ringserve.outputs import Estimate, Progress
+from ringserve.v1 import inference_pb2 as pb
+from ringserve_api.errors import ApiError
+from ringserve_api.generation import Generation, Stopped, cancelled
+from ringserve_api.prepare import Prepared, little_endian
+from ringserve_api.rpc import messages
+from ringserve_api.rpc.early_prefill import EarlyPrefill
+from ringserve_api.rpc.event_log import EventLog
+from ringserve_api.rpc.upload import Upload
+from ringserve_api.state import ServerState
+
+Phase = Literal["upload", "prefill", "decode", "finished"]
+
+logger = logging.getLogger("ringserve.api")
+
+
+class Session:
+    def __init__(self, state: ServerState, request_id: str, engine_id: str, prepared: Prepared, upload: Upload | None,
+                 keep_s: float, deadline_s: float | None, announced_tokens: int = 0) -> None:
+        """`engine_id`: its name in the engine, which no client chooses. `announced_tokens`: of the prompt that comes, 0
+        when they are not known. Raises what `state.open_request` does."""
+        self.request_id, self.tenant = request_id, prepared.scheduling.tenant
+        self.upload = upload
+        self.events = EventLog()
+        self.phase: Phase = "upload" if upload is not None else "prefill"
+        self.output_tokens = 0
+        self.began = time.monotonic()
+        self._state, self._engine_id, self._prepared = state, engine_id, prepared
+        self._keep_s, self._deadline_s, self._announced_tokens = keep_s, deadline_s, announced_tokens
+        self._readers = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._open = contextlib.ExitStack()
+        stopped = self._open.enter_context(state.open_request())
+        self._task = asyncio.create_task(self._live(stopped))
+        self.on_forgotten: Callable[[], None] = lambda: None
+        """Called when nobody can come back to it any more."""
+
+    # Readers
+
+    @property
+    def is_attached(self) -> bool:
+        return self._readers > 0
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """A client is connected. When the last one goes, the request lives on for as long as was asked for."""
+        self._readers += 1
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._timer = asyncio.get_running_loop().call_later(self._keep_s, self.forget)
+
+    def forget(self) -> None:
+        """End it, if it has not ended, and give up its events."""
+        self.fail(ApiError("cancelled", "the request was cancelled"))
+        self.on_forgotten()
+
+    def fail(self, error: Exception) -> None:
+        self.events.end(error)
+        self._task.cancel()
+
+    async def close(self) -> None:
+        """`forget`, and return when nothing of it is left."""
+        self.forget()
+        await cancelled(self._task)
+
+    # Life
+
+    async def _live(self, stopped: Stopped) -> None:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._serve(stopped)
+            self.events.end()
+        except TimeoutError:
+            self.events.end(ApiError("deadline_exceeded", f"the request did not end within its deadline of "
+                                     f"{self._deadline_s:g} s"))
+        except RingserveError as error:
+            self.events.end(error)
+        except Exception as error:
+            logger.exception("request %s failed", self._engine_id)
+            self.events.end(error)
+        finally:
+            self.phase = "finished"
+            if self.upload is not None:
+                self.upload.release()
+            self._open.close()
+
+    async def _serve(self, stopped: Stopped) -> None:
+        if self.upload is None:
+            await self._answer(self._prepared, stopped)
+            return
+        await self._foresee()
+        early: EarlyPrefill | None = None
+        if self._state.engine.info.prefix_cache:
+            early = EarlyPrefill(self._state.engine, self.upload, self._prepared, self._engine_id, stopped, self._tell)
+        try:
+            await _unless_stopped(self.upload.committed, stopped)
+            self.phase = "prefill"
+            await self.upload.finish()
+            check = asyncio.create_task(self.upload.tokenized_at_once())
+            try:
+                await self._answer(self._with(self.upload.ids), stopped, check, early)
+                if (whole := await check) is not None:
+                    await self._answer(self._with(whole), stopped)
+            finally:
+                await cancelled(check)
+        finally:
+            if early is not None:
+                await early.stop()
+
+    async def _foresee(self) -> None:
+        """Before the prompt comes: what would become of one of its length of which nothing is computed yet."""
+        if self._announced_tokens:
+            prepared = messages.unknown_prompt(
+                self._prepared, self._announced_tokens, self._state.model.max_model_len)
+            self._admit(await self._state.engine.estimate(
+                prepared.prompt_token_ids, prepared.params, prepared.scheduling))
+
+    def _admit(self, estimate: Estimate) -> None:
+        """Tell what is known; raises ApiError when the first token would come too late."""
+        first_token_ms = estimate.first_token_ms
+        if self._deadline_s is not None and first_token_ms is not None:
+            left_s = self._deadline_s - (time.monotonic() - self.began)
+            if first_token_ms / 1000 > left_s:
+                raise ApiError("deadline_exceeded", f"the first token is expected in {first_token_ms / 1000:.1f} s, "
+                               f"and the deadline is in {left_s:.1f} s")
+        self.events.add(pb.Event(estimated=messages.estimated(estimate)))
+
+    def _with(self, ids: "array[int]") -> Prepared:
+        return msgspec.structs.replace(self._prepared, prompt_ids=little_endian(ids))
+
+    async def _answer(self, prepared: Prepared, stopped: Stopped,
+                      check: "asyncio.Task[array[int] | None] | None" = None, early: EarlyPrefill | None = None) -> None:
+        """Run the request to its end. Without a word of its answer when `check` finds that it has other tokens."""
+        async with Generation(self._state.engine, prepared, self._engine_id, stopped) as generation:
+            estimate = await generation.submit()
+            if early is not None:
+                await early.stop()  # only now: what it was computing has found its heir
+            if estimate is not None:
+                self._admit(estimate)
+            while not generation.finished:
+                output = await generation.next()
+                assert output is not None, "without a time-out there is always an event"
+                if output.progress is not None:
+                    self._tell(output.progress)
+                if (output.token_ids or output.finish_reason) and check is not None and await check is not None:
+                    return
+                if output.text or output.token_ids:
+                    self.phase = "decode"
+                    self.output_tokens += len(output.token_ids)
+                    self.events.add(pb.Event(delta=messages.delta(output, self._state.tokenizer)))
+                if output.finish_reason is not None:
+                    self.events.add(pb.Event(finished=messages.finished(output)))
+
+    def _tell(self, progress: Progress) -> None:
+        self.events.tell(messages.snapshot(progress))
+
+
+async def _unless_stopped(event: asyncio.Event, stopped: Stopped) -> None:
+    waiting = asyncio.create_task(event.wait())
+    first: set[asyncio.Future[object]] = {waiting, stopped}  # type: ignore[arg-type]
+    try:
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            stopped.result()
+            raise EngineError("the server stopped")
+    finally:
+        await cancelled(waiting)

@@ -1,0 +1,144 @@
+"""Upload: a prompt that comes in chunks, checked as it comes, and tokenized as far as nothing can change it."""
+
+import asyncio
+import codecs
+import hashlib
+import logging
+from array import array
+
+import google_crc32c
+
+from ringserve.errors import ContextLengthError, InvalidValueError
+from ringserve.v1 import inference_pb2 as pb
+from ringserve_api.body import BodyReader
+from ringserve_api.errors import ApiError
+from ringserve_api.prepare import from_little_endian
+from ringserve_api.worker_pool import PromptWorker
+
+MAX_CHUNK = 1 << 20
+"""Bytes."""
+PART = 1 << 16
+"""Characters that are worth a trip to the prompt worker."""
+MAX_TAIL = 64 << 20
+"""Characters that may wait for a place where the text can be cut."""
+
+logger = logging.getLogger("ringserve.api")
+
+
+class Upload:
+    """`add` each chunk, then `commit`; `ids` grows, and is complete after `finish`."""
+
+    def __init__(self, kind: "pb.PromptKind", around: "tuple[array[int], array[int]]", worker: PromptWorker,
+                 bodies: BodyReader, n_ctx: int, max_output_tokens: int) -> None:
+        """`n_ctx`, `max_output_tokens`: what the prompt must fit."""
+        self.received = 0
+        """Bytes."""
+        self.committed = asyncio.Event()
+        self.grew = asyncio.Event()
+        """Set whenever there are new ids."""
+        self._is_text = kind == pb.PROMPT_KIND_TEXT
+        self._before, self._after = around if self._is_text else (array("I"), array("I"))
+        self.ids = array("I", self._before)
+        self._worker, self._bodies = worker, bodies
+        self._n_ctx, self._max_output_tokens = n_ctx, max_output_tokens
+        self._hash = hashlib.sha256()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._pieces: list[str] = []
+        """The whole text, to be tokenized once more in one piece."""
+        self._tail = ""
+        """What is not tokenized yet."""
+        self._worth = PART
+        self._held = 0
+
+    async def add(self, chunk: pb.PromptChunk) -> None:
+        """Returns when the chunk has its place. Raises InvalidValueError, ContextLengthError or ApiError."""
+        data = chunk.data
+        if chunk.offset != self.received:
+            raise InvalidValueError(f"the chunk begins at byte {chunk.offset}, but the next byte of the prompt is "
+                                    f"{self.received}", "chunk.offset")
+        if len(data) > MAX_CHUNK:
+            raise ApiError("request_too_large", f"a chunk has at most {MAX_CHUNK} bytes, got {len(data)}", "chunk.data")
+        if google_crc32c.value(data) != chunk.crc32c:
+            raise ApiError("checksum_mismatch", f"the chunk at byte {chunk.offset} does not have the CRC-32C that it "
+                           "was sent with", "chunk.crc32c")
+        self._bodies.hold(len(data))
+        self._held += len(data)
+        # In one piece: a client that goes while this waits for the prompt worker comes back to a chunk that is whole.
+        await asyncio.shield(self._place(data))
+
+    async def _place(self, data: bytes) -> None:
+        if self._is_text:
+            text = self._decoded(data)
+            self._pieces.append(text)
+            self._tail += text
+            self._count(data)
+            await self._tokenize()
+        elif len(data) % 4:
+            raise InvalidValueError(f"a chunk of token ids has 4 bytes for each, got {len(data)} bytes", "chunk.data")
+        else:
+            self._count(data)
+            self._grow(from_little_endian(data))
+
+    def _count(self, data: bytes) -> None:
+        self._hash.update(data)
+        self.received += len(data)
+
+    def _decoded(self, data: bytes, final: bool = False) -> str:
+        try:
+            return self._decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            raise InvalidValueError(f"the prompt is not UTF-8: {error.reason} near byte {self.received + error.start}",
+                                    "chunk.data") from None
+
+    async def _tokenize(self) -> None:
+        """What can be, when it is worth it."""
+        if len(self._tail) < self._worth:
+            return
+        ids, cut = await self._worker.encode_part(self._tail, final=False)
+        self._tail = self._tail[cut:]
+        if len(self._tail) > MAX_TAIL:
+            raise ApiError("request_too_large", f"a line of the prompt has more than {MAX_TAIL} characters", "chunk.data")
+        # A text that cannot be cut is not looked through again and again.
+        self._worth = max(PART, 2 * len(self._tail))
+        self._grow(ids)
+
+    def _grow(self, ids: "array[int]") -> None:
+        self.ids.extend(ids)
+        if len(self.ids) + self._max_output_tokens > self._n_ctx:
+            raise ContextLengthError(len(self.ids), self._max_output_tokens, self._n_ctx)
+        self.grew.set()
+
+    def commit(self, commit: pb.Commit) -> None:
+        """The prompt is whole. Raises InvalidValueError or ApiError when it is not what was sent."""
+        if commit.total_bytes != self.received:
+            raise InvalidValueError(f"the prompt has {commit.total_bytes} bytes, of which {self.received} have come",
+                                    "commit.total_bytes")
+        if commit.sha256 != self._hash.digest():
+            raise ApiError("checksum_mismatch", "the prompt does not have the SHA-256 that it was sent with",
+                           "commit.sha256")
+        self._tail += self._decoded(b"", final=True)
+        self.committed.set()
+
+    async def finish(self) -> None:
+        """Tokenize the rest."""
+        if self._is_text:
+            ids, _ = await self._worker.encode_part(self._tail, final=True)
+            self._tail = ""
+            self._grow(ids + self._after)
+
+    async def tokenized_at_once(self) -> "array[int] | None":
+        """The ids of the whole text, when they are not those of its parts."""
+        if not self._is_text:
+            return None
+        whole = await self._worker.encode_at_once("".join(self._pieces))
+        self._pieces.clear()
+        if whole == self.ids:
+            return None
+        logger.error("a text of %d bytes has other tokens in parts than at once; the latter are used", self.received)
+        return whole
+
+    def release(self) -> None:
+        """The prompt's bytes are held no longer."""
+        self._bodies.let_go(self._held)
+        self._held = 0
+        self._pieces.clear()
