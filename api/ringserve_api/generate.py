@@ -19,6 +19,7 @@ from ringserve_api.chat import ChatShape
 from ringserve_api.completions import CompletionShape
 from ringserve_api.engine_port import Tokenizer
 from ringserve_api.generation import Generation, Stopped, unless_ended
+from ringserve_api.keys import Key
 from ringserve_api.prepare import Kind, Prepared, prepare
 from ringserve_api.reply import Answer, Json, Reply, Shape
 from ringserve_api.sse import EventStream
@@ -57,7 +58,8 @@ class GenerateResponse(Response):
 
 async def read_request(state: ServerState, kind: Kind | None, request: Request, stopped: Stopped) -> Prepared:
     """From body and headers to what the engine gets. Without a `kind` the body tells it."""
-    tenant = tenant_of(request.headers, state.config.tenant_header)
+    key: Key | None = request.state.key
+    tenant = key.tenant if key is not None else tenant_of(request.headers, state.config.tenant_header)
     async with state.bodies.read(request) as body:
         if len(body) <= state.config.inline_body_kib << 10:
             prepared = prepare(kind, body, state.tokenizer, state.model)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -15,12 +16,13 @@ from types import FrameType
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
-from ringserve.errors import ConfigError, EngineDeadError
+from ringserve.errors import EngineDeadError
 from ringserve_api.app import create_app
-from ringserve_api.config import ServerConfig, is_loopback
+from ringserve_api.config import ServerConfig
 from ringserve_api.engine_port import Engine, Tokenizer
 from ringserve_api.errors import ApiError, ListenError
 from ringserve_api.state import ServerState
+from ringserve_api.tls import server_context
 
 MAX_HEADER_BYTES = 64 << 10
 CONNECTION_IDLE_S = 75
@@ -40,15 +42,13 @@ async def run_server(engine: Engine, tokenizer: Tokenizer, config: ServerConfig,
 
 
 def bind_socket(config: ServerConfig) -> socket.socket:
-    """A listening socket, made before anything else, so that a taken port is one clear line."""
+    """A listening socket, made before a model is loaded, so that a taken port is one clear line."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise ListenError(f"cannot listen on {config.host!r}: {error.strerror or error}") from None
-    if not config.insecure and not is_loopback(str(address[0])):
-        raise ConfigError(f"other machines reach host {config.host!r}, which is {address[0]} here: pass "
-                          "--insecure to listen there without keys and TLS")
+    config.require_safe(str(address[0]))
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,9 +62,9 @@ def bind_socket(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def say(line: str) -> None:
@@ -100,11 +100,12 @@ class Server:
         return self._exit_code
 
     async def startup(self) -> None:
+        tls = server_context(self._config)
+        self.state = ServerState(self._engine, self._tokenizer, self._config)
         self._socket = self._listener or bind_socket(self._config)
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
         self._aborted = asyncio.Event()
-        self.state = ServerState(self._engine, self._tokenizer, self._config)
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self.state), http="h11", ws="none", lifespan="off", loop="asyncio",
@@ -113,7 +114,7 @@ class Server:
                 access_log=self._config.access_log,
                 log_config=_ACCESS_LOG if self._config.access_log else None,
                 log_level="info" if self._config.access_log else "warning"),
-            on_started=lambda: self._on_ready(url_of(self._socket)),
+            tls=tls, on_started=lambda: self._on_ready(url_of(self._socket, "https" if tls else "http")),
             on_signal=lambda number: self.shut_down(128 + number))
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
 
@@ -178,11 +179,13 @@ _ACCESS_LOG = {**LOGGING_CONFIG, "handlers": {
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn, telling us when it listens and leaving signals to us."""
+    """uvicorn with our TLS, telling us when it listens and leaving signals to us."""
 
-    def __init__(self, config: uvicorn.Config, *, on_started: Callable[[], None],
+    def __init__(self, config: uvicorn.Config, *, tls: ssl.SSLContext | None, on_started: Callable[[], None],
                  on_signal: Callable[[int], None]) -> None:
         super().__init__(config)
+        config.load()  # else `serve` does, and overwrites the context
+        config.ssl = tls
         self._on_started = on_started
         self._on_signal = on_signal
 
