@@ -15,14 +15,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ringserve_api.access import authorize
 from ringserve_api.errors import ClientDisconnected, error_response, is_expected
 from ringserve_api.estimate import EstimateResponse
 from ringserve_api.generate import GenerateResponse
+from ringserve_api.keys import Key, bearer
 from ringserve_api.prepare import model_not_found
 from ringserve_api.state import ServerState
 
 AuthLevel = Literal["open", "user"]
-"""`open` for probes; `user` for whoever may use the model."""
+"""`open` for probes; `user` for keys with the scope `inference`."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -42,7 +44,7 @@ def create_app(state: ServerState) -> FastAPI:
     """The ASGI application over `state`. It has no life of its own: see server.py."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for route in routes(Handlers(state)):
-        app.add_api_route(route.path, _guarded(route), methods=list(route.methods), response_model=None)
+        app.add_api_route(route.path, _guarded(route, state), methods=list(route.methods), response_model=None)
     app.add_exception_handler(HTTPException, _refused_by_router)
     app.add_middleware(Edge, state=state)
     return app
@@ -63,19 +65,26 @@ def routes(handlers: "Handlers") -> list[Route]:
     ]
 
 
-def _guarded(route: Route) -> Handler:
-    """The only way from a path to a handler, so that no route forgets its auth level."""
+def _guarded(route: Route, state: ServerState) -> Handler:
+    """The only way from a path to a handler, so that no route forgets its auth level.
+
+    `request.state.key` is the key that came with the request from here on.
+    """
     async def endpoint(request: Request) -> Response:
-        authorize(route.auth)
+        request.state.key = _key_of(request.headers, route.auth, state)
         return await route.handler(request)
     return endpoint
 
 
-def authorize(level: AuthLevel) -> None:
-    """Raise unless the request may use a route of this level. There are no keys yet, so all may use all."""
+def _key_of(headers: Headers, level: AuthLevel, state: ServerState) -> Key | None:
+    """Raises ApiError unless a request with these headers may use a route of this level."""
     match level:
-        case "open" | "user":
-            return
+        case "open":
+            return None
+        case "user":
+            given = headers.getlist("authorization")
+            # Whose it is must not depend on which of two is read, by us or by a proxy.
+            return authorize(state.keys, bearer(given[0]) if len(given) == 1 else None, "inference")
         case _:
             assert_never(level)
 

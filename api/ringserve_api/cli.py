@@ -1,4 +1,4 @@
-"""The command line: `ringserve serve | run | selftest | model build`. Flags come from the config dataclasses.
+"""The command line: `ringserve serve | run | selftest | model build | key`. Flags come from the config dataclasses.
 
 Exit codes: 0 done, 1 failed while running (a rank died, a self-test bound exceeded), 2 what was asked cannot work.
 """
@@ -18,6 +18,7 @@ from ringserve.config import CacheConfig, EngineConfig, ModelConfig, RingConfig,
 from ringserve.errors import ConfigError, RequestError, RingserveError, StartupError
 from ringserve.sampling_params import SamplingParams
 from ringserve_api.config import ServerConfig
+from ringserve_api.keys import Scope, new_key
 
 DEFAULT_TOKENS = 256
 """Of `ringserve run`."""
@@ -139,13 +140,29 @@ def model(action: tyro.conf.Positional[Literal["build"]], name: tyro.conf.Positi
     return 0
 
 
+def key(name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")], tenant: str | None = None,
+        scopes: tuple[Scope, ...] = ("inference",)) -> int:
+    """Make an API key: its secret on standard error, its entry for the file of --api-keys on standard output.
+
+    Args:
+        name: Name of the key, for people.
+        tenant: Whose requests they are that come with it. Unset: the name.
+        scopes: What it opens: the model (inference), the control of the server (admin).
+    """
+    secret, entry = new_key(name, tenant, frozenset(scopes))
+    print(f"The secret of the key {name!r}, which is stored nowhere and not shown again: {secret}", file=sys.stderr)
+    print(entry)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: runs one command and exits with its code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if (sys.argv[1:] if argv is None else list(argv)) == ["--version"]:
         print(f"ringserve {importlib.metadata.version('ringserve')}")
         sys.exit(0)
-    commands: dict[str, Callable[..., Any]] = {"serve": serve, "run": run, "selftest": selftest, "model": model}
+    commands: dict[str, Callable[..., Any]] = {"serve": serve, "run": run, "selftest": selftest, "model": model,
+                                               "key": key}
     try:
         code: int = tyro.extras.subcommand_cli_from_dict(
             commands, prog="ringserve", args=argv, config=(tyro.conf.OmitArgPrefixes,),

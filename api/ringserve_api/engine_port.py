@@ -98,8 +98,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, info: EngineInfo, name: str | None) -> "ServedModel":
         return cls(model_name=name or info.model_name, max_model_len=info.max_model_len,
-                   vocab_size=info.vocab_size, ring_size=info.ring_size, version=info.version, prefix_cache=info.prefix_cache,
-                   default_sampling=dict(info.default_sampling))
+                   vocab_size=info.vocab_size, ring_size=info.ring_size, version=info.version,
+                   prefix_cache=info.prefix_cache, default_sampling=dict(info.default_sampling))
 
     @property
     def fingerprint(self) -> str:

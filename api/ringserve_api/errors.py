@@ -31,6 +31,8 @@ class Row:
     """Replaces the exception's own text, where that is the operator's business."""
     close: bool = False
     """Close the connection: the rest of the request may never come."""
+    challenge: bool = False
+    """Say how to authenticate, as a 401 must (RFC 9110, 15.5.2)."""
 
 
 def _client(status: int, grpc: str, error_type: str = "invalid_request_error") -> Row:
@@ -53,7 +55,8 @@ TABLE: dict[str, Row] = {
     "context_length_exceeded": _client(400, "INVALID_ARGUMENT"),
     "estimated_time_exceeds_client_timeout": _client(400, "FAILED_PRECONDITION"),
     "checksum_mismatch": _client(400, "DATA_LOSS"),
-    "invalid_api_key": _client(401, "UNAUTHENTICATED", "authentication_error"),
+    "invalid_api_key": Row(status=401, type="authentication_error", grpc="UNAUTHENTICATED", retry=False,
+                           challenge=True),
     "model_not_allowed": _client(403, "PERMISSION_DENIED", "permission_error"),
     "not_found": _client(404, "NOT_FOUND"),
     "model_not_found": _client(404, "NOT_FOUND"),
@@ -156,6 +159,8 @@ def wire_error(error: BaseException) -> WireError:
         headers["x-should-retry"] = str(row.retry).lower()
     if row.close:
         headers["connection"] = "close"
+    if row.challenge:
+        headers["www-authenticate"] = "Bearer"
     return WireError(code=code, message=(row.message or message)[:MAX_MESSAGE_LENGTH], param=param,
                      details=details, headers=headers)
 

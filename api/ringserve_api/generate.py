@@ -19,6 +19,7 @@ from ringserve_api.chat import ChatShape
 from ringserve_api.completions import CompletionShape
 from ringserve_api.engine_port import Tokenizer
 from ringserve_api.generation import Generation, Stopped, unless_ended
+from ringserve_api.keys import Key
 from ringserve_api.prepare import Kind, Prepared, prepare
 from ringserve_api.reply import Answer, Json, Reply, Shape
 from ringserve_api.sse import EventStream
@@ -57,7 +58,8 @@ class GenerateResponse(Response):
 
 async def read_request(state: ServerState, kind: Kind | None, request: Request, stopped: Stopped) -> Prepared:
     """From body and headers to what the engine gets. Without a `kind` the body tells it."""
-    tenant = tenant_of(request.headers, state.config.tenant_header)
+    key: Key | None = request.state.key
+    tenant = key.tenant if key is not None else tenant_of(request.headers, state.config.tenant_header)
     async with state.bodies.read(request) as body:
         prepared = await unless_ended(request.receive, stopped, prepare_body(state, kind, body))
     scheduling = msgspec.structs.replace(prepared.scheduling, tenant=tenant)
@@ -73,7 +75,11 @@ async def prepare_body(state: ServerState, kind: Kind | None, body: bytes) -> Pr
 
 def tenant_of(headers: Headers, name: str | None) -> str:
     """Whose request it is, by the header that a proxy sets; raises InvalidValueError when it cannot be told."""
-    values = headers.getlist(name) if name is not None else []
+    return tenant_among(headers.getlist(name) if name is not None else [], name)
+
+
+def tenant_among(values: list[str], name: str | None) -> str:
+    """The one value of that header, or of what gRPC has for headers."""
     # A second one is the client's own: whose it is must not depend on which of the two is read.
     if len(values) > 1 or not all(TENANT.fullmatch(value) for value in values):
         raise InvalidValueError(f"the header {name} must be given once, with at most {MAX_NAME} visible ASCII "

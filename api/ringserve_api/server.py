@@ -1,4 +1,4 @@
-"""Server: the life of the HTTP server around one engine.
+"""Server: the life of the HTTP and gRPC servers around one engine.
 
 serve -> startup / main_loop / shutdown. It ends when it is asked to (SIGINT, SIGTERM or `shut_down`)
 or when the engine dies. The first signal drains: open requests go on, new ones are refused; a second aborts.
@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -15,12 +16,14 @@ from types import FrameType
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
-from ringserve.errors import ConfigError, EngineDeadError
+from ringserve.errors import EngineDeadError
 from ringserve_api.app import create_app
-from ringserve_api.config import ServerConfig, is_loopback
+from ringserve_api.config import ServerConfig
 from ringserve_api.engine_port import Engine, Tokenizer
 from ringserve_api.errors import ApiError, ListenError
+from ringserve_api.rpc.server import RpcServer
 from ringserve_api.state import ServerState
+from ringserve_api.tls import server_context
 
 MAX_HEADER_BYTES = 64 << 10
 CONNECTION_IDLE_S = 75
@@ -40,15 +43,13 @@ async def run_server(engine: Engine, tokenizer: Tokenizer, config: ServerConfig,
 
 
 def bind_socket(config: ServerConfig) -> socket.socket:
-    """A listening socket, made before anything else, so that a taken port is one clear line."""
+    """A listening socket, made before a model is loaded, so that a taken port is one clear line."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise ListenError(f"cannot listen on {config.host!r}: {error.strerror or error}") from None
-    if not config.insecure and not is_loopback(str(address[0])):
-        raise ConfigError(f"other machines reach host {config.host!r}, which is {address[0]} here: pass "
-                          "--insecure to listen there without keys and TLS")
+    config.require_safe(str(address[0]))
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,9 +63,9 @@ def bind_socket(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def say(line: str) -> None:
@@ -79,12 +80,15 @@ def announce(url: str) -> None:
 
 class Server:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServerConfig, *,
-                 listener: socket.socket | None = None,
+                 listener: socket.socket | None = None, rpc: RpcServer | None = None,
                  on_ready: Callable[[str], None] = announce) -> None:
+        """`listener` and `rpc`: bound already, for whoever wants to know that the ports are free before a model is
+        loaded."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._config = config
         self._listener = listener
+        self.rpc = rpc
         self._on_ready = on_ready
         self._exit_code = 0
 
@@ -100,11 +104,12 @@ class Server:
         return self._exit_code
 
     async def startup(self) -> None:
+        tls = server_context(self._config)
+        self.state = ServerState(self._engine, self._tokenizer, self._config)
         self._socket = self._listener or bind_socket(self._config)
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
         self._aborted = asyncio.Event()
-        self.state = ServerState(self._engine, self._tokenizer, self._config)
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self.state), http="h11", ws="none", lifespan="off", loop="asyncio",
@@ -113,8 +118,13 @@ class Server:
                 access_log=self._config.access_log,
                 log_config=_ACCESS_LOG if self._config.access_log else None,
                 log_level="info" if self._config.access_log else "warning"),
-            on_started=lambda: self._on_ready(url_of(self._socket)),
+            tls=tls, on_started=lambda: self._on_ready(url_of(self._socket, "https" if tls else "http")),
             on_signal=lambda number: self.shut_down(128 + number))
+        if self.rpc is None:
+            self.rpc = RpcServer(self._config)
+            self.rpc.bind()
+        for line in await self.rpc.start(self.state, self.shut_down):
+            say(f"ringserve is listening for {line}")
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
 
     async def main_loop(self) -> None:
@@ -139,8 +149,9 @@ class Server:
         if self._aborted.is_set():
             self._http.force_exit = True
         self._http.should_exit = True
+        assert self.rpc is not None
         try:
-            await self._serving
+            await asyncio.gather(self._serving, self.rpc.stop(abort=self._aborted.is_set()))
         finally:
             self._socket.close()
             await self.state.prompt_worker.close()
@@ -156,7 +167,9 @@ class Server:
         self._asked.set()
 
     async def _drain(self, died: "asyncio.Task[EngineDeadError]") -> None:
+        assert self.rpc is not None
         self.state.drain()
+        await self.rpc.drain()
         if count := self.state.open_requests:
             say(f"ringserve ends when its open requests have ended ({count}), in {self._config.drain_timeout_s:g} s "
                 "at the latest; Ctrl-C again ends it now")
@@ -178,11 +191,13 @@ _ACCESS_LOG = {**LOGGING_CONFIG, "handlers": {
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn, telling us when it listens and leaving signals to us."""
+    """uvicorn with our TLS, telling us when it listens and leaving signals to us."""
 
-    def __init__(self, config: uvicorn.Config, *, on_started: Callable[[], None],
+    def __init__(self, config: uvicorn.Config, *, tls: ssl.SSLContext | None, on_started: Callable[[], None],
                  on_signal: Callable[[int], None]) -> None:
         super().__init__(config)
+        config.load()  # else `serve` does, and overwrites the context
+        config.ssl = tls
         self._on_started = on_started
         self._on_signal = on_signal
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ringserve.errors import EngineDeadError
+from ringserve_api.access import read_keys
 from ringserve_api.body import BodyReader
 from ringserve_api.config import ServerConfig
 from ringserve_api.engine_port import Engine, ServedModel, Tokenizer
@@ -19,6 +20,8 @@ class ServerState:
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
+        self.keys = read_keys(config)
+        """None where there are none, and everybody may use the server."""
         self.model = ServedModel.of(engine.info, config.served_model_name)
         self.created = int(time.time())
         self.bodies = BodyReader(config)

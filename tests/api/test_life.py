@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,17 +45,35 @@ def test_addresses() -> None:
         with pytest.raises(ConfigError):
             ServerConfig(host=host)
     ServerConfig(host="0.0.0.0", insecure=True)
+    for has, lacks in (({}, "no keys and no TLS"), ({"api_keys": "k"}, "no TLS:"),
+                       ({"tls_cert": "c", "tls_key": "k"}, "no keys:")):
+        with pytest.raises(ConfigError, match=f"other machines reach host '0.0.0.0', and this server has {lacks}"):
+            ServerConfig(host="0.0.0.0", **has)  # type: ignore[arg-type]
+    ServerConfig(host="0.0.0.0", api_keys="k", tls_cert="c", tls_key="k")
     with pytest.raises(StartupError, match=r"cannot listen on 'no\.such\.host\.invalid'"):
         bind_socket(ServerConfig(host="no.such.host.invalid", insecure=True))
     with bind_socket(ServerConfig(host="localhost", port=0)) as sock:
-        assert url_of(sock).startswith("http://")
+        assert url_of(sock).startswith("http://") and url_of(sock, "https").startswith("https://")
+
+
+def test_a_name_that_leads_off_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is what the machine's own table says it is."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("0.0.0.0", 0))])
+    with pytest.raises(ConfigError, match=r"host 'localhost', which is 0\.0\.0\.0 here, and this server has no keys"):
+        bind_socket(ServerConfig(host="localhost", port=0))
+    for allowed in ({"insecure": True}, {"api_keys": "k", "tls_cert": "c", "tls_key": "k"}):
+        bind_socket(ServerConfig(host="localhost", port=0, **allowed)).close()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fields", [
     {"port": -1}, {"port": 65536}, {"keep_alive_s": 0}, {"max_body_mib": 0}, {"max_bodies_mib": 63},
     {"drain_timeout_s": -1}, {"served_model_name": ""}, {"prompt_timeout_s": 0}, {"tenant_header": ""},
     {"tenant_header": "x tenant"}, {"tenant_header": "x-tenant:"}, {"tenant_header": "x-tenant\n"},
-    {"tenant_header": "x-ténant"}])
+    {"tenant_header": "x-ténant"}, {"tenant_header": "x-tenant", "api_keys": "k"}, {"grpc_port": -1},
+    {"grpc_admin_port": 65536}, {"grpc_port": 8000}, {"grpc_admin_port": 8000},
+    {"grpc_admin_port": 9000, "grpc_port": 9000},
+    {"tls_cert": "c"}, {"tls_key": "k"}, {"tls_client_ca": "a"}])
 def test_bad_configurations(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         ServerConfig(**fields)  # type: ignore[arg-type]

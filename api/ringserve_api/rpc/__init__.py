@@ -1,1 +1,1 @@
-"""The gRPC API: the same requests as over HTTP, with prompts that come in chunks and answers that outlive a connection."""
+"""The gRPC API: the same requests as over HTTP, with prompts in chunks and answers that outlive a connection."""

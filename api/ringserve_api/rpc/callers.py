@@ -4,9 +4,9 @@ from typing import Any
 
 import grpc
 
-from ringserve_api.access import Scope, authorize
+from ringserve_api.access import authorize
 from ringserve_api.generate import tenant_among
-from ringserve_api.keys import bearer
+from ringserve_api.keys import Scope, bearer
 from ringserve_api.state import ServerState
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -57,24 +57,25 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, requests: Any, context: Context) -> None:
         tenant = tenant_of_call(self._state, context)
         first = await self._next(context)
-        which = first.WhichOneof("message") if first is not None else None
+        which = first.WhichOneof("message")
         if which == "open":
             session, after = await self._open(first.open, tenant, context), 0
         elif which == "resume":
             session, after = self._sessions.find(tenant, first.resume.request_id), first.resume.after_sequence
-            if session.upload is None:
-                raise InvalidValueError("this request's prompt did not come in chunks: attach to it", "request_id")
         else:
             raise InvalidValueError("the first message must be an Open or a Resume", "message")
+        upload = session.upload
+        if upload is None:
+            raise InvalidValueError("the prompt of this request did not come in chunks: attach to it", "request_id")
         with session.attached():
-            accepted = pb.Accepted(request_id=session.request_id, received_bytes=session.upload.received,
-                                   committed=session.upload.committed.is_set())
+            accepted = pb.Event(accepted=pb.Accepted(
+                request_id=session.request_id, received_bytes=upload.received, committed=upload.committed.is_set()))
             if which == "open":
-                session.events.add(pb.Event(accepted=accepted))
+                session.events.add(accepted)
             else:
-                await context.write(pb.GenerateResponse(event=pb.Event(
-                    sequence=min(after, len(session.events)), accepted=accepted)))
-            feeding = asyncio.create_task(self._feed(session, session.upload, context))
+                accepted.sequence = after
+                await context.write(pb.GenerateResponse(event=accepted))
+            feeding = asyncio.create_task(self._feed(session, upload, context))
             try:
                 await self._send(session, after, context, pb.GenerateResponse)
             finally:
@@ -126,13 +127,13 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         try:
             while not upload.committed.is_set():
                 message = await self._next(context)
-                which = message.WhichOneof("message") if message is not None else None
+                which = message.WhichOneof("message")
                 if which == "chunk":
                     await upload.add(message.chunk)
                 elif which == "commit":
                     upload.commit(message.commit)
-                elif message is None:
-                    raise InvalidValueError("the stream ended before its Commit", "message")
+                elif which is None:
+                    raise InvalidValueError("the stream ended before its Commit, or a message was empty", "message")
                 else:
                     raise InvalidValueError("after the first message only chunks and a Commit may come", "message")
         except Exception as error:
@@ -140,15 +141,15 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                 logger.exception("an upload failed")
             session.fail(error)
 
-    async def _next(self, context: Context) -> pb.GenerateRequest | None:
-        """The client's next message; None when it has no more. Raises ApiError when it says nothing for long."""
+    async def _next(self, context: Context) -> pb.GenerateRequest:
+        """The client's next message; an empty one when it has no more. Raises ApiError when none comes for long."""
         idle_s = self._state.config.body_idle_timeout_s
         try:
             async with asyncio.timeout(idle_s):
                 message = await context.read()
         except TimeoutError:
             raise ApiError("body_idle_timeout", f"the prompt stopped arriving for {idle_s:g} s") from None
-        return None if message is grpc.aio.EOF else message
+        return pb.GenerateRequest() if message is grpc.aio.EOF else message
 
     # Short calls
 

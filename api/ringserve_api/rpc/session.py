@@ -22,6 +22,8 @@ from ringserve_api.rpc.event_log import EventLog
 from ringserve_api.rpc.upload import Upload
 from ringserve_api.state import ServerState
 
+Check = asyncio.Task["array[int] | None"]
+"""Finds the ids that a prompt should have had, if those of its parts are not they."""
 Phase = Literal["upload", "prefill", "decode", "finished"]
 
 logger = logging.getLogger("ringserve.api")
@@ -146,8 +148,8 @@ class Session:
     def _with(self, ids: "array[int]") -> Prepared:
         return msgspec.structs.replace(self._prepared, prompt_ids=little_endian(ids))
 
-    async def _answer(self, prepared: Prepared, stopped: Stopped,
-                      check: "asyncio.Task[array[int] | None] | None" = None, early: EarlyPrefill | None = None) -> None:
+    async def _answer(self, prepared: Prepared, stopped: Stopped, check: Check | None = None,
+                      early: EarlyPrefill | None = None) -> None:
         """Run the request to its end. Without a word of its answer when `check` finds that it has other tokens."""
         async with Generation(self._state.engine, prepared, self._engine_id, stopped) as generation:
             estimate = await generation.submit()

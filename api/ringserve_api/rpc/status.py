@@ -27,7 +27,9 @@ def status_of(error: BaseException) -> grpc.Status:
     if "retry-after" in wire.headers:
         details.append(RetryInfo(retry_delay=Duration(seconds=int(wire.headers["retry-after"]))))
     code = grpc.StatusCode[wire.row.grpc]
-    return rpc_status.to_status(Status(code=code.value[0], message=wire.message, details=_packed(details)))
+    status: grpc.Status = rpc_status.to_status(
+        Status(code=code.value[0], message=wire.message, details=_packed(details)))
+    return status
 
 
 def _packed(details: Iterable[Message]) -> list[Any]:

@@ -97,7 +97,7 @@ class Upload:
         ids, cut = await self._worker.encode_part(self._tail, final=False)
         self._tail = self._tail[cut:]
         if len(self._tail) > MAX_TAIL:
-            raise ApiError("request_too_large", f"a line of the prompt has more than {MAX_TAIL} characters", "chunk.data")
+            raise ApiError("request_too_large", f"more than {MAX_TAIL} characters without a place to cut", "chunk.data")
         # A text that cannot be cut is not looked through again and again.
         self._worth = max(PART, 2 * len(self._tail))
         self._grow(ids)
