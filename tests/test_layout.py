@@ -17,6 +17,8 @@ ENGINE_SEEN_BY_THE_API = {
     "ringserve", "ringserve.async_engine", "ringserve.config", "ringserve.errors", "ringserve.llm",
     "ringserve.needle", "ringserve.outputs", "ringserve.sampling_params", "ringserve.scheduling_params",
     "ringserve.selftest", "ringserve.tokenizer"}
+WIRE = {"ringserve.v1", "ringserve.client"}
+"""What the gRPC API is made of, and its client: beside the engine, in the package that users import."""
 WITHOUT_TORCH = {f"ringserve.{name}" for name in (
     "scheduler", "forecast", "packing", "holdings", "plan_writer", "plan", "request", "block_pool", "prefix_cache",
     "placement", "cost_model", "fit", "policy", "tenants", "simulate")}
@@ -88,6 +90,10 @@ def sources_of(package: str) -> list[Source]:
     return [s for s in MODULES.values() if s.module == package or s.module.startswith(package + ".")]
 
 
+def is_wire(module: str) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in WIRE)
+
+
 def top(module: str) -> str:
     return module.partition(".")[0]
 
@@ -110,13 +116,22 @@ def test_the_api_touches_the_engine_through_its_front_only() -> None:
     assert_none([f"{source}:{i.line} imports {i.module}" for source in sources_of("ringserve_api")
                  for i in source.imports
                  if top(i.module) == "ringserve_kernels"
-                 or (top(i.module) == "ringserve" and i.module not in ENGINE_SEEN_BY_THE_API)])
+                 or (top(i.module) == "ringserve" and not is_wire(i.module)
+                     and i.module not in ENGINE_SEEN_BY_THE_API)])
 
 
 def test_the_engine_knows_no_web() -> None:
     web = {"fastapi", "starlette", "uvicorn", "grpc", "aiohttp", "ringserve_api"}
     assert_none([f"{source}:{i.line} imports {i.module}" for source in sources_of("ringserve")
-                 for i in source.imports if top(i.module) in web])
+                 for i in source.imports
+                 if (top(i.module) in web or is_wire(i.module)) and not is_wire(source.module)])
+
+
+def test_the_client_knows_no_engine() -> None:
+    known = {"ringserve", "ringserve.errors"}
+    assert_none([f"{source}:{i.line} imports {i.module}" for source in sources_of("ringserve.client")
+                 for i in source.imports
+                 if top(i.module) in OURS and not is_wire(i.module) and i.module not in known])
 
 
 def test_kernels_know_torch_and_nothing_else() -> None:

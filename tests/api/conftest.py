@@ -44,7 +44,8 @@ class RunningServer:
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[RunningServer]:
-    running = RunningServer(FakeEngine(), ServerConfig(port=0, keep_alive_s=0.15, body_idle_timeout_s=0.5))
+    running = RunningServer(FakeEngine(), ServerConfig(
+        port=0, grpc_port=0, grpc_admin_port=0, keep_alive_s=0.15, body_idle_timeout_s=0.5))
     yield running
     running.stop()
     assert running.exit_code == 0

@@ -26,6 +26,17 @@ class RpcServer:
     def _listeners(self) -> list[RpcListener]:
         return [listener for listener in (self._public, self._admin) if listener is not None]
 
+    @property
+    def target(self) -> str:
+        """Where clients connect to."""
+        assert self._public is not None
+        return self._public.target
+
+    @property
+    def admin_target(self) -> str:
+        assert self._admin is not None
+        return self._admin.target
+
     def bind(self) -> None:
         """Raises ListenError."""
         for listener in self._listeners:
