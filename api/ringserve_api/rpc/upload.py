@@ -17,7 +17,7 @@ from ringserve_api.worker_pool import PromptWorker
 
 MAX_CHUNK = 1 << 20
 """Bytes."""
-PART = 1 << 16
+PART = 1 << 13
 """Characters that are worth a trip to the prompt worker."""
 MAX_TAIL = 64 << 20
 """Characters that may wait for a place where the text can be cut."""
