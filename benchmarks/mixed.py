@@ -351,8 +351,8 @@ def main() -> None:
 
     served = "needle" if known else directory.name
     flags = ["--ring-size", str(args.ring_size), "--max-step-ms", str(args.max_step_ms), "--kv-cache-gib", "6"]
-    with running_server(console, flags, args.model) as (url, _):
-        figures = run("ringserve", url, own=True)
+    with running_server(console, flags, args.model) as server:
+        figures = run("ringserve", server.url, own=True)
     if args.peer:
         with running_vllm(console, args.peer, directory, served, args.tokens + 4096) as url:
             say_ratios(console, figures, run("vLLM", url, own=False))

@@ -109,13 +109,22 @@ class Haystack:
         return text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    url: str
+    grpc_target: str
+    """Empty without `--grpc-port`."""
+    process: psutil.Process
+
+
 @contextmanager
-def running_server(console: Console, flags: list[str], model: str = "needle") -> Iterator[tuple[str, psutil.Process]]:
-    """A `ringserve serve` of our own; yields its URL and process, and ends it."""
+def running_server(console: Console, flags: list[str], model: str = "needle") -> Iterator[Started]:
+    """A `ringserve serve` of our own, which ends with the block."""
     process = subprocess.Popen([sys.executable, "-m", "ringserve_api.cli", "serve", model, "--port", "0", *flags],
                                stderr=subprocess.PIPE, text=True)
     try:
-        yield _announced(console, process), psutil.Process(process.pid)
+        url, grpc_target = _announced(console, process)
+        yield Started(url=url, grpc_target=grpc_target, process=psutil.Process(process.pid))
     finally:
         process.terminate()
         try:
@@ -125,21 +134,25 @@ def running_server(console: Console, flags: list[str], model: str = "needle") ->
             process.wait()
 
 
-def _announced(console: Console, process: "subprocess.Popen[str]") -> str:
-    """The URL that the server says it listens on. What it says before and later is printed as it comes."""
-    url: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+def _announced(console: Console, process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """The URL and the gRPC target that the server says it listens on. What it says before and later is printed as it
+    comes."""
+    ready: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
 
     def read() -> None:
         assert process.stderr is not None
+        grpc_target = ""
         for line in process.stderr:
             console.print(line.rstrip(), style="dim", highlight=False)
+            if "listening for gRPC on " in line:
+                grpc_target = line.split("listening for gRPC on ")[1].strip()
             if "listening on " in line:
-                url.put(line.split("listening on ")[1].split()[0])
-        url.put(None)
+                ready.put((line.split("listening on ")[1].split()[0], grpc_target))
+        ready.put(None)
 
     threading.Thread(target=read, name="server output", daemon=True).start()
     try:
-        found = url.get(timeout=START_TIMEOUT_S)
+        found = ready.get(timeout=START_TIMEOUT_S)
     except queue.Empty:
         raise SystemExit(f"the server did not listen within {START_TIMEOUT_S} s") from None
     if found is None:
@@ -202,14 +215,14 @@ def main() -> None:
     console.print(f"building a prompt of {demo.tokens:,} tokens from the standard library's sources")
     haystack = Haystack(Tokenizer(resolve_model("needle")), demo.tokens, depths)
     answers = []
-    with running_server(console, ["--ring-size", str(demo.ring_size), *demo.server_flags]) as (url, server):
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
+    with running_server(console, ["--ring-size", str(demo.ring_size), *demo.server_flags]) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
         for number, depth in enumerate(depths):
             question = haystack.questions[number]
             console.print(f"asking for the code at {depth:.0%}: …{question.strip()!r}", highlight=False)
             answers.append(ask(client, console, haystack.text + question, depth,
                                haystack.expected(number, CHECKED_TOKENS)))
-        memory = rank_memory(server)
+        memory = rank_memory(server.process)
     report(console, answers, memory)
     if not all(answer.right for answer in answers):
         for answer in answers:

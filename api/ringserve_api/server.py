@@ -29,6 +29,8 @@ MAX_HEADER_BYTES = 64 << 10
 CONNECTION_IDLE_S = 75
 LAST_WORDS_S = 5
 """For streams to write their last event and for connections to close, once nothing is left to wait for."""
+GOODBYE_S = 1
+"""For an idle client to answer TLS's `close_notify`; one that reads only when it asks never does."""
 
 
 async def run_server(engine: Engine, tokenizer: Tokenizer, config: ServerConfig, *,
@@ -100,6 +102,8 @@ class Server:
             finally:
                 await self.shutdown()
         finally:
+            if self._listener is not None:
+                self._listener.close()
             await self._engine.close()
         return self._exit_code
 
@@ -204,6 +208,20 @@ class _HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        goodbye = asyncio.get_running_loop().call_later(GOODBYE_S, self._leave_the_idle)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            goodbye.cancel()
+            for connection in self.server_state.connections:
+                connection.transport.abort()
+
+    def _leave_the_idle(self) -> None:
+        for connection in self.server_state.connections:
+            if connection.transport.is_closing() and connection.transport.get_write_buffer_size() == 0:
+                connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_signal(sig)

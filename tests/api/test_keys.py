@@ -1,5 +1,6 @@
 """API keys: their file, whose a secret is, and what each route wants of a request."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -15,11 +16,14 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from ringserve_api.access import authorize
 from ringserve_api.cli import main
+from ringserve_api.config import ServerConfig
 from ringserve_api.errors import ApiError, wire_error
 from ringserve_api.keys import Key, KeyTable, bearer
+from ringserve_api.server import bind_socket, run_server
 
 from ringserve.errors import ConfigError
 from tests.api.conftest import RunningServer
+from tests.api.fakes import ByteTokenizer, FakeEngine
 from tests.api.test_http import check_error
 from tests.api.test_tenants import BODIES
 
@@ -258,6 +262,14 @@ def test_a_key_that_the_file_would_refuse_is_not_made(capsys: pytest.CaptureFixt
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert said.out == "" and "rs-" not in said.err and "no key can be made" in said.err
+
+
+def test_a_file_that_went_bad_while_the_model_was_loaded(tmp_path: Path) -> None:
+    engine, config = FakeEngine(), ServerConfig(port=0, api_keys=str(tmp_path / "none"))
+    listener = bind_socket(config)
+    with pytest.raises(ConfigError, match="none cannot be read"):
+        asyncio.run(run_server(engine, ByteTokenizer(), config, listener=listener))
+    assert engine.closed and listener.fileno() == -1
 
 
 def test_a_wrong_file_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
