@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -64,6 +64,15 @@ class Generation:
         if self._stopped.done():
             self._stopped.result()
         return None
+
+    async def outputs(self) -> AsyncIterator[RequestOutput]:
+        """All events, for whoever needs no time-out and ends when the server does of its own accord."""
+        assert self._admission is not None, "submit comes first"
+        while not self.finished:
+            output = await self._advance()
+            if output is None:
+                raise EngineError("the engine ended a request without a finish reason")
+            yield output
 
     async def _advance(self) -> RequestOutput | None:
         assert self._admission is not None, "submit comes first"

@@ -16,7 +16,7 @@ class EventLog:
         self._snapshot: pb.Event | None = None
         self._error: Exception | None = None
         self._ended = False
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def ended(self) -> bool:
@@ -45,8 +45,10 @@ class EventLog:
             self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
     async def read(self, after: int) -> AsyncIterator[pb.Event]:
         """The events after this number, then those that come; raises what the request ended with. Raises
@@ -56,16 +58,17 @@ class EventLog:
                                     "after_sequence")
         told: pb.Event | None = None
         while True:
-            changed = self._changed
             while after < len(self._numbered):
                 after += 1
                 yield self._numbered[after - 1]
             if self._snapshot is not None and self._snapshot is not told:
                 told = self._snapshot
                 yield told
-                continue  # while it was taken, more may have happened
-            if self._ended:
+            elif self._ended:
                 if self._error is not None:
                     raise self._error
                 return
-            await changed.wait()
+            elif after == len(self._numbered):
+                changed = asyncio.get_running_loop().create_future()
+                self._waiting.append(changed)
+                await changed

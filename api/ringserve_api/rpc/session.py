@@ -46,6 +46,7 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
         self._open = contextlib.ExitStack()
         stopped = self._open.enter_context(state.open_request())
+        stopped.add_done_callback(self._on_stopped)
         self._task = asyncio.create_task(self._live(stopped))
         self.on_forgotten: Callable[[], None] = lambda: None
         """Called when nobody can come back to it any more."""
@@ -77,6 +78,11 @@ class Session:
     def fail(self, error: Exception) -> None:
         self.events.end(error)
         self._task.cancel()
+
+    def _on_stopped(self, stopped: Stopped) -> None:
+        """The server ends the request."""
+        if not stopped.cancelled() and (error := stopped.exception()) is not None:
+            self.fail(error if isinstance(error, Exception) else EngineError(str(error)))
 
     async def close(self) -> None:
         """`forget`, and return when nothing of it is left."""
@@ -113,7 +119,7 @@ class Session:
         if self._state.engine.info.prefix_cache:
             early = EarlyPrefill(self._state.engine, self.upload, self._prepared, self._engine_id, stopped, self._tell)
         try:
-            await _unless_stopped(self.upload.committed, stopped)
+            await self.upload.committed.wait()
             self.phase = "prefill"
             await self.upload.finish()
             check = asyncio.create_task(self.upload.tokenized_at_once())
@@ -157,9 +163,7 @@ class Session:
                 await early.stop()  # only now: what it was computing has found its heir
             if estimate is not None:
                 self._admit(estimate)
-            while not generation.finished:
-                output = await generation.next()
-                assert output is not None, "without a time-out there is always an event"
+            async for output in generation.outputs():
                 if output.progress is not None:
                     self._tell(output.progress)
                 if (output.token_ids or output.finish_reason) and check is not None and await check is not None:
@@ -173,15 +177,3 @@ class Session:
 
     def _tell(self, progress: Progress) -> None:
         self.events.tell(messages.snapshot(progress))
-
-
-async def _unless_stopped(event: asyncio.Event, stopped: Stopped) -> None:
-    waiting = asyncio.create_task(event.wait())
-    first: set[asyncio.Future[object]] = {waiting, stopped}  # type: ignore[arg-type]
-    try:
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            stopped.result()
-            raise EngineError("the server stopped")
-    finally:
-        await cancelled(waiting)
