@@ -116,7 +116,16 @@ def test_the_api_touches_the_engine_through_its_front_only() -> None:
 def test_the_engine_knows_no_web() -> None:
     web = {"fastapi", "starlette", "uvicorn", "grpc", "aiohttp", "ringserve_api"}
     assert_none([f"{source}:{i.line} imports {i.module}" for source in sources_of("ringserve")
-                 for i in source.imports if top(i.module) in web])
+                 for i in source.imports if top(i.module) in web
+                 and not source.module.startswith(("ringserve.client", "ringserve.v1"))])
+
+
+def test_the_client_knows_no_engine() -> None:
+    light = ("ringserve.client", "ringserve.v1", "ringserve.errors")
+    assert_none([f"{source}:{i.line} imports {i.module}" for source in sources_of("ringserve.client")
+                 for i in source.imports
+                 if top(i.module) in (*OURS, "torch", "numpy", "transformers") and not i.module.startswith(light)
+                 and not i.deferred])
 
 
 def test_kernels_know_torch_and_nothing_else() -> None:
