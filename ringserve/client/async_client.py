@@ -11,7 +11,7 @@ import grpc
 
 from ringserve.client.calls import Calls, ChatCalls, GenerateCalls
 from ringserve.client.channel import Certificates, open_channel, stub_of
-from ringserve.client.errors import ClientError, error_of
+from ringserve.client.errors import ClientError, closed, error_of
 from ringserve.client.event_stream import EventStream
 from ringserve.client.events import (
     Accepted,
@@ -194,7 +194,7 @@ class AsyncClient:
     async def _connect(self) -> InferenceServiceStub:
         """Late, because a channel belongs to the loop that runs when it is made."""
         if self._closed:
-            raise ClientError("the client was closed", code="client_closed", status=grpc.StatusCode.CANCELLED)
+            raise closed()
         if self._channel is None:
             self._channel = open_channel(self.target, *self._certificates, self._connect_timeout_s)
         try:

@@ -44,6 +44,10 @@ def invalid(message: str, param: str) -> ClientError:
     return ClientError(message, code="invalid_value", status=grpc.StatusCode.INVALID_ARGUMENT, param=param)
 
 
+def closed() -> ClientError:
+    return ClientError("the client was closed", code="client_closed", status=grpc.StatusCode.CANCELLED)
+
+
 def error_of(failed: grpc.aio.AioRpcError) -> ClientError:
     """The ended call's status, with the details that the server put beside it."""
     status, message = failed.code(), failed.details() or ""

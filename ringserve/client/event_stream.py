@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from ringserve.client.calls import Calls
-from ringserve.client.errors import ClientError, error_of
+from ringserve.client.errors import ClientError, closed, error_of
 from ringserve.client.events import Accepted, Event, Finished, Progress, Queued, event_of
 from ringserve.client.outage import LONGEST_PAUSE_S, Outage
 from ringserve.v1 import inference_pb2 as pb
@@ -94,8 +94,7 @@ class EventStream:
             if self._calls.failure is not None:
                 raise self._calls.failure from None
             if self._ended:
-                raise ClientError("the client was closed", code="client_closed",
-                                  status=grpc.StatusCode.CANCELLED) from None
+                raise closed() from None
             return _lost("the connection took no more messages")
         if message is grpc.aio.EOF:
             return _lost("the stream ended before the request did")

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
+from ringserve.client.errors import closed
+
 T = TypeVar("T")
 
 SETTLE_S = 10.0
@@ -22,7 +24,7 @@ class LoopThread:
         """Wait for `work`, which has time-outs of its own where it needs them."""
         if self._loop.is_closed():
             work.close()
-            raise RuntimeError("the client was closed")
+            raise closed()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s)
