@@ -17,8 +17,9 @@ class Display:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
+        console = Console(stderr=True)
         self._bars = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
-                              console=Console(stderr=True), transient=True)
+                              console=console, transient=True, disable=not console.is_terminal)
         self._upload = self._bars.add_task("upload", total=None, note="")
         self._prefill = self._bars.add_task("prefill", total=100.0, note="")
         self._bars.start()

@@ -1,4 +1,4 @@
-"""Client: AsyncClient for callers without an event loop. It runs one on a thread of its own."""
+"""Client: AsyncClient for callers without an event loop. All clients share one, on a thread of its own."""
 
 import weakref
 from collections.abc import Generator, Sequence
@@ -17,7 +17,7 @@ from ringserve.client.upload import OnUpload
 class Client:
     """A server. A context manager; the methods are AsyncClient's, and so are the arguments.
 
-    May be used from several threads. `on_upload` is called on the client's own thread."""
+    May be used from several threads. `on_upload` is called on another thread, and must not wait there."""
 
     def __init__(self, target: str, *, api_key: str | None = None, root_certificates: Certificates | None = None,
                  client_certificate: tuple[Certificates, Certificates] | None = None, model: str | None = None,
@@ -25,7 +25,7 @@ class Client:
         self._client = AsyncClient(target, api_key=api_key, root_certificates=root_certificates,
                                    client_certificate=client_certificate, model=model, keep_s=keep_s,
                                    connect_timeout_s=connect_timeout_s)
-        self._thread = LoopThread()
+        self._thread = LoopThread.of_process()
         self._closer = weakref.finalize(self, _close, self._client, self._thread)
 
     def generate(self, prompt: Prompt, *, model: str | None = None, on_upload: OnUpload | None = None,
@@ -69,4 +69,3 @@ class Client:
 
 def _close(client: AsyncClient, thread: LoopThread) -> None:
     thread.finish(client.close())
-    thread.close()

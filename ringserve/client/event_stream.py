@@ -61,10 +61,11 @@ class EventStream:
         if not self._ended:
             self._ended = True
             try:
-                await self._hang_up()
-            finally:
+                # First: a stream that is hung up would leave the server to wait for us.
                 if not self._over and self._call is not None:
                     await self._cancel(self._calls.request_id)
+            finally:
+                await self._hang_up()
 
     def _dial(self) -> None:
         self._begun_at, self._greeted = time.monotonic(), False
@@ -142,6 +143,8 @@ class EventStream:
 
     async def _recover(self, lost: ClientError) -> None:
         """Returns when it is time for another call. Raises ClientError when there is no sense in one."""
+        if self._ended:
+            raise closed()
         if self._resuming and self._after == 0 and lost.status is grpc.StatusCode.NOT_FOUND:
             # The request never arrived.
             self._resuming = False

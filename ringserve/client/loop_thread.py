@@ -1,13 +1,16 @@
-"""An event loop on a thread of its own, for callers that have none."""
+"""An event loop on a thread of its own, for callers that have none.
+
+One for the process, which ends with it: grpc.aio hands the events of all loops through any one of them, and stumbles
+where another loop was closed meanwhile.
+"""
 
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
-
-from ringserve.client.errors import closed
 
 T = TypeVar("T")
 
@@ -19,12 +22,20 @@ class LoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ringserve client", daemon=True)
         self._thread.start()
+        # When the interpreter ends, after the clients, which were made later.
+        weakref.finalize(self, _stop, self._loop, self._thread)
+
+    @classmethod
+    def of_process(cls) -> "LoopThread":
+        global _shared
+        with _lock:
+            # A fork has no threads.
+            if _shared is None or not _shared._thread.is_alive():
+                _shared = cls()
+            return _shared
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Wait for `work`, which has time-outs of its own where it needs them."""
-        if self._loop.is_closed():
-            work.close()
-            raise closed()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s)
@@ -51,21 +62,23 @@ class LoopThread:
         finally:
             self.finish(finish())
 
-    def close(self) -> None:
-        if threading.current_thread() is self._thread:
-            # The loop dropped the last reference; it cannot wait for its own end.
-            threading.Thread(target=self.close, name="ringserve client end").start()
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(SETTLE_S)
-            if not self._thread.is_alive():
-                self._loop.close()
-
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._loop.is_closed():
+        """Wait for the end of something, but not for ever."""
+        if not self._thread.is_alive():
             work.close()
         elif threading.current_thread() is self._thread:
+            # The loop dropped the last reference; it cannot wait for itself.
             asyncio.run_coroutine_threadsafe(work, self._loop)
         else:
             with contextlib.suppress(FutureTimeoutError):
                 self.run(work, SETTLE_S)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if thread.is_alive():
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(SETTLE_S)
+
+
+_lock = threading.Lock()
+_shared: LoopThread | None = None
