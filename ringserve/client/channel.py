@@ -41,7 +41,7 @@ def open_channel(target: str, root_certificates: Certificates | None,
 
 
 def stub_of(channel: grpc.aio.Channel) -> InferenceServiceStub:
-    return InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+    return InferenceServiceStub(channel)
 
 
 def _pem(certificates: Certificates | None) -> bytes | None:

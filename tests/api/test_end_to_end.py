@@ -30,6 +30,8 @@ ANSWER = " 7391502-3846120.\n"
 class Running:
     process: "subprocess.Popen[str]"
     url: str
+    grpc_target: str
+    """Empty without `--grpc-port`."""
 
     @property
     def pids(self) -> list[int]:
@@ -50,17 +52,20 @@ def serving(*flags: str) -> Iterator[Running]:
             stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stderr is not None
         try:
-            yield Running(process, announced(process.stderr))
+            yield Running(process, *announced(process.stderr))
         finally:
             process.kill()
 
 
-def announced(lines: IO[str]) -> str:
-    seen = []
+def announced(lines: IO[str]) -> tuple[str, str]:
+    """(URL, gRPC target) that a server says it listens on."""
+    seen, grpc_target = [], ""
     for line in lines:
         seen.append(line)
+        if (match := re.search(r"listening for gRPC on (\S+)", line)) is not None:
+            grpc_target = match[1]
         if (match := re.search(r"listening on (http://\S+)", line)) is not None:
-            return match[1]
+            return match[1], grpc_target
     raise AssertionError("the server ended before it listened: " + "".join(seen))
 
 
