@@ -28,6 +28,7 @@ from ringserve_api.rpc.upload import Upload
 from ringserve_api.state import ServerState
 
 MOST_KEEP_S = 24 * 3600.0
+LOST_WITHIN_S = 1.0
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -129,14 +130,17 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             while not upload.committed.is_set():
                 message = await self._next(context)
                 which = message.WhichOneof("message")
+                if which is None:
+                    await _be_gone()
+                    raise InvalidValueError("the stream ended before its Commit, or a message was empty", "message")
                 if which == "chunk":
                     await upload.add(message.chunk)
                 elif which == "commit":
                     upload.commit(message.commit)
-                elif which is None:
-                    raise InvalidValueError("the stream ended before its Commit, or a message was empty", "message")
                 else:
                     raise InvalidValueError("after the first message only chunks and a Commit may come", "message")
+            if await context.read() is not grpc.aio.EOF:
+                raise InvalidValueError("after the Commit nothing may come", "message")
         except Exception as error:
             if not is_expected(error):
                 logger.exception("an upload failed")
@@ -230,6 +234,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         prepared = await prepare_body(self._state, kind, msgspec.json.encode(fields))
         return msgspec.structs.replace(prepared, scheduling=msgspec.structs.replace(
             prepared.scheduling, tenant=tenant, deadline_s=messages.deadline_of(request)))
+
+
+async def _be_gone() -> None:
+    """A connection that is lost looks like a stream that ended, and a moment later the call is cancelled: give it the
+    moment."""
+    await asyncio.sleep(LOST_WITHIN_S)
 
 
 def _prompt_of(request: pb.GenerateTextRequest | pb.EstimateRequest) -> Any:

@@ -18,7 +18,7 @@ from ringserve.v1 import inference_pb2 as pb
 from ringserve.v1 import inference_pb2_grpc
 from tests.api.conftest import RunningServer, eventually
 
-TIMEOUT_S = 20
+TIMEOUT_S = 10
 OURS = ("Session.", "EarlyPrefill.", "Inference.", "Upload.", "Generation.", "_unless_stopped")
 Stub = inference_pb2_grpc.InferenceServiceStub
 Metadata = Sequence[tuple[str, str]]
