@@ -66,6 +66,6 @@ class EventLog:
                 continue  # while it was taken, more may have happened
             if self._ended:
                 if self._error is not None:
-                    raise self._error
+                    raise self._error.with_traceback(None)  # or it would grow with each reader
                 return
             await changed.wait()

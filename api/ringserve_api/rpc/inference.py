@@ -142,8 +142,6 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             if await context.read() is not grpc.aio.EOF:
                 raise InvalidValueError("after the Commit nothing may come", "message")
         except Exception as error:
-            if not is_expected(error):
-                logger.exception("an upload failed")
             session.fail(error)
 
     async def _next(self, context: Context) -> pb.GenerateRequest:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from ringserve.errors import EngineError, RingserveError
+from ringserve.errors import EngineError
 from ringserve.outputs import Estimate, Progress
 from ringserve.v1 import inference_pb2 as pb
-from ringserve_api.errors import ApiError
+from ringserve_api.errors import ApiError, is_expected
 from ringserve_api.generation import Generation, Stopped, cancelled
 from ringserve_api.prepare import Prepared, little_endian
 from ringserve_api.rpc import messages
@@ -98,7 +98,7 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         if not self.events.ended:
-            self.events.end(error)
+            self.events.end(told(error, self._engine_id))
             self._task.cancel()
 
     async def close(self) -> None:
@@ -113,14 +113,10 @@ class Session:
             async with asyncio.timeout(self._deadline_s) as limit:
                 await self._serve(stopped)
             self.events.end()
-        except RingserveError as error:
-            self.events.end(error)
         except Exception as error:
-            late = limit.expired()
-            if not late:
-                logger.exception("request %s failed", self._engine_id)
-            self.events.end(ApiError("deadline_exceeded", "the request did not end within its deadline of "
-                                     f"{self._deadline_s:g} s") if late else error)
+            late = ApiError("deadline_exceeded", "the request did not end within its deadline of "
+                            f"{self._deadline_s:g} s") if limit.expired() else None
+            self.events.end(late or told(error, self._engine_id))
 
     def _ended(self, _: "asyncio.Task[None]") -> None:
         self.phase = "finished"
@@ -192,6 +188,14 @@ class Session:
 
     def _tell(self, progress: Progress) -> None:
         self.events.tell(messages.snapshot(progress))
+
+
+def told(error: Exception, engine_id: str) -> Exception:
+    """What readers get for it. What nobody expected is logged, once for all of them."""
+    if is_expected(error):
+        return error
+    logger.error("request %s failed", engine_id, exc_info=error)
+    return ApiError("internal_error", "the server failed on this request")
 
 
 async def _unless_stopped(event: asyncio.Event, stopped: Stopped) -> None:
