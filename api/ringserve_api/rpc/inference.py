@@ -70,14 +70,16 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if upload is None:
             raise InvalidValueError("the prompt of this request did not come in chunks: attach to it", "request_id")
         with session.attached():
-            accepted = pb.Event(accepted=pb.Accepted(
-                request_id=session.request_id, received_bytes=upload.received, committed=upload.committed.is_set()))
-            if which == "open":
-                session.events.add(accepted)
-            else:
-                accepted.sequence = after
-                await context.write(pb.GenerateResponse(event=accepted))
             async with session.fed(self._feed(session, upload, context)):
+                # Only now: another connection that fed it would make this wrong.
+                accepted = pb.Event(accepted=pb.Accepted(
+                    request_id=session.request_id, received_bytes=upload.received,
+                    committed=upload.committed.is_set()))
+                if which == "open":
+                    session.events.add(accepted)
+                else:
+                    accepted.sequence = after
+                    await context.write(pb.GenerateResponse(event=accepted))
                 await self._send(session, after, context, pb.GenerateResponse)
 
     @answered

@@ -68,15 +68,12 @@ class Upload:
                            "was sent with", "chunk.crc32c")
         self._bodies.hold(len(data))
         self._held += len(data)
-        # In one piece: a client that goes while this waits for the prompt worker comes back to a chunk that is whole.
-        await asyncio.shield(self._place(data))
-
-    async def _place(self, data: bytes) -> None:
         if self._is_text:
             self._check_text(data)
             self._text += data
             self._count(data)
-            await self._tokenize()
+            # Whatever becomes of the client meanwhile: it comes back to a chunk that is whole.
+            await asyncio.shield(self._tokenize())
         elif len(data) % 4:
             raise InvalidValueError(f"a chunk of token ids has 4 bytes for each, got {len(data)} bytes", "chunk.data")
         else:
