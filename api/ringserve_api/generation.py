@@ -88,8 +88,14 @@ class Generation:
         """Let the engine go on without this request."""
         admission, pending = self._admission, self._pending
         self._admission = self._pending = None
-        await cancelled(*(task for task in (admission, pending) if task is not None))
-        if admission is None or admission.cancelled() or admission.exception() is not None:
+        if admission is not None and not (self.finished and pending is None):
+            # To the end: a request that is cancelled once more while it leaves must not stay in the engine.
+            await asyncio.shield(self._leave(admission, pending))
+
+    async def _leave(self, admission: "asyncio.Task[OutputStream]",
+                     pending: "asyncio.Task[RequestOutput | None] | None") -> None:
+        await cancelled(admission, *([pending] if pending is not None else []))
+        if admission.cancelled() or admission.exception() is not None:
             return  # the engine never had it, or its submit has taken it back
         if not self.finished:
             self.finished = True

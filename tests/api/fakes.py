@@ -105,6 +105,8 @@ class FakeEngine:
         """What it says then, instead of queueing."""
         self.step_s = 0.0
         self.first_step_s = 0.0
+        self.first_token_ms = 7
+        """What an estimate says."""
         self.broken = False
         """Raise an error that nobody expects."""
         self.finish_reason: str | None = "length"
@@ -117,6 +119,8 @@ class FakeEngine:
         self.withdrawn: list[str] = []
         """What was cancelled while it waited to be queued: taken back by the engine itself."""
         self.cancelled: list[str] = []
+        self.live: set[str] = set()
+        """What is queued or runs: neither ended nor cancelled."""
 
     def die(self, rank: int | None) -> None:
         """From any thread."""
@@ -124,6 +128,7 @@ class FakeEngine:
 
     def _die(self, rank: int | None) -> None:
         self.dead = EngineDeadError("secret details of the crash", rank)
+        self.live.clear()
         self._death.set()
 
     async def submit(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams, *,
@@ -134,6 +139,7 @@ class FakeEngine:
         await self._admission(request_id)
         self.submitted.append((request_id, ids, params))
         self.scheduled.append(scheduling)
+        self.live.add(request_id)
         return FakeStream(self._run(ids, params, n_output, request_id, return_progress), self._estimate(ids, n_output))
 
     async def estimate(self, prompt_token_ids: "array[int] | Sequence[int]", params: SamplingParams,
@@ -147,7 +153,8 @@ class FakeEngine:
 
     def _estimate(self, ids: list[int], n_output: int) -> Estimate:
         return Estimate(prompt_tokens=len(ids), cached_tokens=len(ids) // 64 * 64, ring_width=self.info.ring_size,
-                        kv_bytes=100 * (len(ids) + n_output), queue_ms=None, first_token_ms=7, queue_position=4)
+                        kv_bytes=100 * (len(ids) + n_output), queue_ms=None, first_token_ms=self.first_token_ms,
+                        queue_position=4)
 
     async def _admission(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -187,6 +194,7 @@ class FakeEngine:
         for index in range(n_output):
             await self._step(self.step_s)
             if self.broken:
+                self.live.discard(request_id)
                 raise ZeroDivisionError("secret of the implementation")
             token = ids[index % len(ids)]
             last = index == n_output - 1
@@ -194,6 +202,8 @@ class FakeEngine:
             text += new
             stopped = next((stop for stop in params.stop if stop in text), None)
             finish = "stop" if stopped else self.finish_reason if last else None
+            if finish:
+                self.live.discard(request_id)
             yield RequestOutput(
                 request_id=request_id, text=new, token_ids=[token], finish_reason=finish, stop_reason=stopped,
                 logprobs=[] if params.logprobs is None else [
@@ -215,6 +225,7 @@ class FakeEngine:
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+        self.live.discard(request_id)
 
     async def close(self) -> None:
         self.closed = True

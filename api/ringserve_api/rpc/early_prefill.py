@@ -53,6 +53,8 @@ class EarlyPrefill:
         except RingserveError as error:
             # The real request will meet the same, or will not; it has a client who is told.
             logger.info("a prompt is not prefilled while it comes: %s", error.message)
+        except Exception:
+            logger.exception("prefilling a prompt while it comes failed")
 
     async def _prefill(self, count: int, number: int) -> None:
         prompt = msgspec.structs.replace(self._prepared, prompt_ids=little_endian(self._upload.ids[:count]))

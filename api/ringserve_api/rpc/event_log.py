@@ -66,7 +66,7 @@ class EventLog:
                 yield told
             elif self._ended:
                 if self._error is not None:
-                    raise self._error
+                    raise self._error.with_traceback(None)  # or it would grow with each reader
                 return
             elif after == len(self._numbered):
                 changed = asyncio.get_running_loop().create_future()

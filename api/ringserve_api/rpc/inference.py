@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from ringserve.v1 import inference_pb2 as pb
 from ringserve.v1 import inference_pb2_grpc
 from ringserve_api.errors import ApiError, is_expected
 from ringserve_api.generate import prepare_body
-from ringserve_api.generation import Generation, cancelled, refusals_named_for
+from ringserve_api.generation import Generation, refusals_named_for
 from ringserve_api.prepare import Kind, Prepared
 from ringserve_api.reply import Answer
 from ringserve_api.rpc import messages
@@ -27,6 +28,7 @@ from ringserve_api.rpc.upload import Upload
 from ringserve_api.state import ServerState
 
 MOST_KEEP_S = 24 * 3600.0
+LOST_WITHIN_S = 1.0
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -68,18 +70,17 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if upload is None:
             raise InvalidValueError("the prompt of this request did not come in chunks: attach to it", "request_id")
         with session.attached():
-            accepted = pb.Event(accepted=pb.Accepted(
-                request_id=session.request_id, received_bytes=upload.received, committed=upload.committed.is_set()))
-            if which == "open":
-                session.events.add(accepted)
-            else:
-                accepted.sequence = after
-                await context.write(pb.GenerateResponse(event=accepted))
-            feeding = asyncio.create_task(self._feed(session, upload, context))
-            try:
+            async with session.fed(self._feed(session, upload, context)):
+                # Only now: another connection that fed it would make this wrong.
+                accepted = pb.Event(accepted=pb.Accepted(
+                    request_id=session.request_id, received_bytes=upload.received,
+                    committed=upload.committed.is_set()))
+                if which == "open":
+                    session.events.add(accepted)
+                else:
+                    accepted.sequence = after
+                    await context.write(pb.GenerateResponse(event=accepted))
                 await self._send(session, after, context, pb.GenerateResponse)
-            finally:
-                await cancelled(feeding)
 
     @answered
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:
@@ -104,11 +105,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         prepared = messages.to_the_end(await self._prepared("completions", request, tenant, prompt=[0]),
                                        request.sampling)
         n_ctx, output = self._state.model.max_model_len, prepared.params.max_tokens or 1
-        if request.prompt_tokens + output > n_ctx:
-            raise ContextLengthError(request.prompt_tokens, output, n_ctx)
+        announced = request.prompt_tokens
+        if request.prompt_kind == pb.PROMPT_KIND_TOKEN_IDS:
+            announced = announced or request.prompt_bytes // 4
+        if announced + output > n_ctx:
+            raise ContextLengthError(announced, output, n_ctx)
         upload = Upload(request.prompt_kind, self._state.tokenizer.around, self._state.prompt_worker,
                         self._state.bodies, n_ctx, output)
-        return self._begin(request, prepared, upload, context, request.prompt_tokens)
+        return self._begin(request, prepared, upload, context, announced)
 
     def _begin(self, request: pb.Open | pb.ChatRequest, prepared: Prepared, upload: Upload | None, context: Context,
                announced_tokens: int = 0) -> Session:
@@ -128,17 +132,18 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             while not upload.committed.is_set():
                 message = await self._next(context)
                 which = message.WhichOneof("message")
+                if which is None:
+                    await _be_gone()
+                    raise InvalidValueError("the stream ended before its Commit, or a message was empty", "message")
                 if which == "chunk":
                     await upload.add(message.chunk)
                 elif which == "commit":
                     upload.commit(message.commit)
-                elif which is None:
-                    raise InvalidValueError("the stream ended before its Commit, or a message was empty", "message")
                 else:
                     raise InvalidValueError("after the first message only chunks and a Commit may come", "message")
+            if await context.read() is not grpc.aio.EOF:
+                raise InvalidValueError("after the Commit nothing may come", "message")
         except Exception as error:
-            if not is_expected(error):
-                logger.exception("an upload failed")
             session.fail(error)
 
     async def _next(self, context: Context) -> pb.GenerateRequest:
@@ -155,6 +160,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     @answered
     async def GenerateText(self, request: pb.GenerateTextRequest, context: Context) -> pb.GenerateTextResponse:
+        began = time.monotonic()
         tenant = tenant_of_call(self._state, context)
         prepared = messages.to_the_end(
             await self._prepared("completions", request, tenant, prompt=_prompt_of(request)), request.sampling)
@@ -164,7 +170,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         with self._state.open_request() as stopped:
             async with (_deadline(deadline_s),
                         Generation(self._state.engine, prepared, messages.new_id(), stopped) as generation):
-                await generation.submit()
+                estimate = await generation.submit()
+                if estimate is not None:
+                    messages.check_in_time(estimate, deadline_s, began)
                 while not generation.finished:
                     output = await generation.next()
                     assert output is not None, "without a time-out there is always an event"
@@ -183,12 +191,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             prepared = await self._prepared(
                 "chat", request, tenant, messages=messages.conversation_of(request.conversation.messages))
         elif which == "prompt_tokens":
-            prepared = messages.unknown_prompt(
-                await self._prepared("completions", request, tenant, prompt=[0]), request.prompt_tokens,
-                self._state.model.max_model_len)
+            prepared = await self._prepared("completions", request, tenant, prompt=[0])
         else:
             prepared = await self._prepared("completions", request, tenant, prompt=_prompt_of(request))
         prepared = messages.to_the_end(prepared, request.sampling)
+        if which == "prompt_tokens":
+            prepared = messages.unknown_prompt(prepared, request.prompt_tokens, self._state.model.max_model_len)
         with self._state.open_request(), refusals_named_for(prepared.kind):
             estimate = await self._state.engine.estimate(
                 prepared.prompt_token_ids, prepared.params, prepared.scheduling)
@@ -228,6 +236,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             prepared.scheduling, tenant=tenant, deadline_s=messages.deadline_of(request)))
 
 
+async def _be_gone() -> None:
+    """A connection that is lost looks like a stream that ended, and a moment later the call is cancelled: give it the
+    moment."""
+    await asyncio.sleep(LOST_WITHIN_S)
+
+
 def _prompt_of(request: pb.GenerateTextRequest | pb.EstimateRequest) -> Any:
     """None when there is none, which `prepare` refuses."""
     which = request.WhichOneof("prompt")
@@ -237,7 +251,9 @@ def _prompt_of(request: pb.GenerateTextRequest | pb.EstimateRequest) -> Any:
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float | None) -> Any:
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             yield
     except TimeoutError:
+        if not limit.expired():
+            raise
         raise ApiError("deadline_exceeded", f"the request did not end within {seconds:g} s") from None

@@ -1,5 +1,7 @@
 """Protobuf messages from and to what the rest of the server uses. Validation is `prepare`'s, as for HTTP."""
 
+import math
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +9,13 @@ from typing import Any
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 
-from ringserve.errors import ContextLengthError, InvalidValueError
+from ringserve.errors import ContextLengthError, EngineError, InvalidValueError
 from ringserve.outputs import Estimate, Progress, RequestOutput, TokenLogprob
 from ringserve.v1 import inference_pb2 as pb
 from ringserve_api.engine_port import Tokenizer
+from ringserve_api.errors import ApiError
 from ringserve_api.prepare import Kind, Prepared
+from ringserve_api.reply import check_finish
 
 MOST_DEADLINE_S = 7 * 24 * 3600.0
 
@@ -31,7 +35,11 @@ def fields_of(kind: Kind, request: Any, **prompt: Any) -> dict[str, Any]:
     if isinstance(request, pb.TokenizeRequest):
         return fields
     sampling, scheduling = request.sampling, request.scheduling
-    fields |= {name: getattr(sampling, name) for name in _SAMPLING if sampling.HasField(name)}
+    for name in _SAMPLING:
+        if sampling.HasField(name):
+            fields[name] = getattr(sampling, name)
+            if not math.isfinite(fields[name]):  # JSON has nothing to say it with
+                raise InvalidValueError(f"{name} must be finite", name)
     if sampling.HasField("include_stop_string"):
         fields["include_stop_str_in_output"] = sampling.include_stop_string
     if sampling.stop:
@@ -95,6 +103,16 @@ def seconds_of(duration: Duration, name: str, most: float) -> float:
     return seconds
 
 
+def check_in_time(estimate: Estimate, deadline_s: float | None, began: float) -> None:
+    """Raises ApiError when the first token is expected after the deadline of a request that began then."""
+    if deadline_s is None or estimate.first_token_ms is None:
+        return
+    expected_s, left_s = estimate.first_token_ms / 1000, deadline_s - (time.monotonic() - began)
+    if expected_s > left_s:
+        raise ApiError("deadline_exceeded", f"the first token is expected in {expected_s:.1f} s, and the deadline is "
+                       f"in {left_s:.1f} s")
+
+
 def estimated(estimate: Estimate) -> pb.Estimated:
     return pb.Estimated(
         prompt_tokens=estimate.prompt_tokens, cached_tokens=estimate.cached_tokens, ring_width=estimate.ring_width,
@@ -123,11 +141,13 @@ def logprobs(found: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[pb.Tok
 
 
 def finished(output: RequestOutput) -> pb.Finished:
+    check_finish(output)
     assert output.finish_reason is not None
-    stop = output.stop_reason
-    usage = output.usage
+    stop, usage = output.stop_reason, output.usage
+    if usage is None:
+        raise EngineError("a request ended without usage")
     return pb.Finished(
-        reason=_REASONS.get(output.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+        reason=_REASONS[output.finish_reason],
         stop_string=stop if isinstance(stop, str) else None, stop_token_id=stop if isinstance(stop, int) else None,
         usage=pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens,
-                       cached_tokens=usage.cached_tokens) if usage is not None else None)
+                       cached_tokens=usage.cached_tokens))

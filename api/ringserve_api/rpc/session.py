@@ -5,15 +5,15 @@ import contextlib
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Literal
 
 import msgspec
 
-from ringserve.errors import EngineError, RingserveError
+from ringserve.errors import EngineError
 from ringserve.outputs import Estimate, Progress
 from ringserve.v1 import inference_pb2 as pb
-from ringserve_api.errors import ApiError
+from ringserve_api.errors import ApiError, is_expected
 from ringserve_api.generation import Generation, Stopped, cancelled
 from ringserve_api.prepare import Prepared, little_endian
 from ringserve_api.rpc import messages
@@ -44,10 +44,14 @@ class Session:
         self._keep_s, self._deadline_s, self._announced_tokens = keep_s, deadline_s, announced_tokens
         self._readers = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._forgotten = False
+        self._feeder: asyncio.Task[None] | None = None
         self._open = contextlib.ExitStack()
         stopped = self._open.enter_context(state.open_request())
         stopped.add_done_callback(self._on_stopped)
         self._task = asyncio.create_task(self._live(stopped))
+        # And not in a `finally` of its own: a task that is cancelled before its first step never gets there.
+        self._task.add_done_callback(self._ended)
         self.on_forgotten: Callable[[], None] = lambda: None
         """Called when nobody can come back to it any more."""
 
@@ -61,23 +65,42 @@ class Session:
     def attached(self) -> Iterator[None]:
         """A client is connected. When the last one goes, the request lives on for as long as was asked for."""
         self._readers += 1
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         try:
             yield
         finally:
             self._readers -= 1
-            if not self._readers:
+            if not self._readers and not self._forgotten:
                 self._timer = asyncio.get_running_loop().call_later(self._keep_s, self.forget)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @contextlib.asynccontextmanager
+    async def fed(self, feed: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """The prompt comes from this connection now. Whoever fed it before is stopped: a connection that was lost may
+        be the last to know."""
+        if self._feeder is not None:
+            self._feeder.cancel()
+        feeder = self._feeder = asyncio.create_task(feed)
+        try:
+            yield
+        finally:
+            await cancelled(feeder)
 
     def forget(self) -> None:
         """End it, if it has not ended, and give up its events."""
+        self._forgotten = True
+        self._stop_timer()
         self.fail(ApiError("cancelled", "the request was cancelled"))
         self.on_forgotten()
 
     def fail(self, error: Exception) -> None:
-        self.events.end(error)
-        self._task.cancel()
+        if not self.events.ended:
+            self.events.end(told(error, self._engine_id))
+            self._task.cancel()
 
     def _on_stopped(self, stopped: Stopped) -> None:
         """The server ends the request."""
@@ -93,22 +116,19 @@ class Session:
 
     async def _live(self, stopped: Stopped) -> None:
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self._deadline_s) as limit:
                 await self._serve(stopped)
             self.events.end()
-        except TimeoutError:
-            self.events.end(ApiError("deadline_exceeded", f"the request did not end within its deadline of "
-                                     f"{self._deadline_s:g} s"))
-        except RingserveError as error:
-            self.events.end(error)
         except Exception as error:
-            logger.exception("request %s failed", self._engine_id)
-            self.events.end(error)
-        finally:
-            self.phase = "finished"
-            if self.upload is not None:
-                self.upload.release()
-            self._open.close()
+            late = ApiError("deadline_exceeded", "the request did not end within its deadline of "
+                            f"{self._deadline_s:g} s") if limit.expired() else None
+            self.events.end(late or told(error, self._engine_id))
+
+    def _ended(self, _: "asyncio.Task[None]") -> None:
+        self.phase = "finished"
+        if self.upload is not None:
+            self.upload.release()
+        self._open.close()
 
     async def _serve(self, stopped: Stopped) -> None:
         if self.upload is None:
@@ -143,12 +163,7 @@ class Session:
 
     def _admit(self, estimate: Estimate) -> None:
         """Tell what is known; raises ApiError when the first token would come too late."""
-        first_token_ms = estimate.first_token_ms
-        if self._deadline_s is not None and first_token_ms is not None:
-            left_s = self._deadline_s - (time.monotonic() - self.began)
-            if first_token_ms / 1000 > left_s:
-                raise ApiError("deadline_exceeded", f"the first token is expected in {first_token_ms / 1000:.1f} s, "
-                               f"and the deadline is in {left_s:.1f} s")
+        messages.check_in_time(estimate, self._deadline_s, self.began)
         self.events.add(pb.Event(estimated=messages.estimated(estimate)))
 
     def _with(self, ids: "array[int]") -> Prepared:
@@ -177,3 +192,12 @@ class Session:
 
     def _tell(self, progress: Progress) -> None:
         self.events.tell(messages.snapshot(progress))
+
+
+def told(error: Exception, engine_id: str) -> Exception:
+    """What readers get for it. What nobody expected is logged, once for all of them."""
+    if is_expected(error):
+        return error
+    logger.error("request %s failed", engine_id, exc_info=error)
+    return ApiError("internal_error", "the server failed on this request")
+

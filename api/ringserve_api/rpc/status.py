@@ -14,21 +14,24 @@ from ringserve_api.errors import wire_error
 
 DOMAIN = "ringserve"
 """Of the reasons in ErrorInfo, which are the codes of the HTTP API."""
+MAX_TEXT = 1024
+"""Bytes of a message. It goes out three times, escaped, among headers, of which clients take 8 KiB."""
 
 
 def status_of(error: BaseException) -> grpc.Status:
     """What a client gets for an exception. What is unknown becomes INTERNAL without its text."""
     wire = wire_error(error)
+    message = wire.message.encode()[:MAX_TEXT].decode(errors="ignore")
     details: list[Message] = [ErrorInfo(reason=wire.code, domain=DOMAIN,
                                         metadata={name: str(value) for name, value in wire.details.items()})]
     if wire.param is not None:
         details.append(BadRequest(field_violations=[BadRequest.FieldViolation(
-            field=wire.param, description=wire.message)]))
+            field=wire.param, description=message)]))
     if "retry-after" in wire.headers:
         details.append(RetryInfo(retry_delay=Duration(seconds=int(wire.headers["retry-after"]))))
     code = grpc.StatusCode[wire.row.grpc]
     status: grpc.Status = rpc_status.to_status(
-        Status(code=code.value[0], message=wire.message, details=_packed(details)))
+        Status(code=code.value[0], message=message, details=_packed(details)))
     return status
 
 

@@ -18,9 +18,9 @@ from ringserve_api.worker_pool import PromptWorker
 MAX_CHUNK = 1 << 20
 """Bytes."""
 PART = 1 << 13
-"""Characters that are worth a trip to the prompt worker."""
+"""Bytes of text that are worth a trip to the prompt worker."""
 MAX_TAIL = 64 << 20
-"""Characters that may wait for a place where the text can be cut."""
+"""Bytes of text that may wait for a place where it can be cut."""
 
 logger = logging.getLogger("ringserve.api")
 
@@ -43,16 +43,21 @@ class Upload:
         self._n_ctx, self._max_output_tokens = n_ctx, max_output_tokens
         self._hash = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._pieces: list[str] = []
-        """The whole text, to be tokenized once more in one piece."""
-        self._tail = ""
-        """What is not tokenized yet."""
+        self._text = bytearray()
+        """All of it, to be tokenized once more in one piece."""
+        self._tokenized = 0
+        """Bytes of it that are."""
         self._worth = PART
+        self._tokenizing = asyncio.Lock()
+        """The client of a chunk may be gone, and the next one here, before its chunk is tokenized."""
         self._held = 0
+        self._over = False
 
     async def add(self, chunk: pb.PromptChunk) -> None:
         """Returns when the chunk has its place. Raises InvalidValueError, ContextLengthError or ApiError."""
         data = chunk.data
+        if self._over:
+            raise ApiError("cancelled", "the request has ended")
         if chunk.offset != self.received:
             raise InvalidValueError(f"the chunk begins at byte {chunk.offset}, but the next byte of the prompt is "
                                     f"{self.received}", "chunk.offset")
@@ -63,16 +68,12 @@ class Upload:
                            "was sent with", "chunk.crc32c")
         self._bodies.hold(len(data))
         self._held += len(data)
-        # In one piece: a client that goes while this waits for the prompt worker comes back to a chunk that is whole.
-        await asyncio.shield(self._place(data))
-
-    async def _place(self, data: bytes) -> None:
         if self._is_text:
-            text = self._decoded(data)
-            self._pieces.append(text)
-            self._tail += text
+            self._check_text(data)
+            self._text += data
             self._count(data)
-            await self._tokenize()
+            # Whatever becomes of the client meanwhile: it comes back to a chunk that is whole.
+            await asyncio.shield(self._tokenize())
         elif len(data) % 4:
             raise InvalidValueError(f"a chunk of token ids has 4 bytes for each, got {len(data)} bytes", "chunk.data")
         else:
@@ -83,24 +84,27 @@ class Upload:
         self._hash.update(data)
         self.received += len(data)
 
-    def _decoded(self, data: bytes, final: bool = False) -> str:
+    def _check_text(self, data: bytes, final: bool = False) -> None:
         try:
-            return self._decoder.decode(data, final)
+            self._decoder.decode(data, final)
         except UnicodeDecodeError as error:
             raise InvalidValueError(f"the prompt is not UTF-8: {error.reason} near byte {self.received + error.start}",
                                     "chunk.data") from None
 
-    async def _tokenize(self) -> None:
+    async def _tokenize(self, final: bool = False) -> None:
         """What can be, when it is worth it."""
-        if len(self._tail) < self._worth:
-            return
-        ids, cut = await self._worker.encode_part(self._tail, final=False)
-        self._tail = self._tail[cut:]
-        if len(self._tail) > MAX_TAIL:
-            raise ApiError("request_too_large", f"more than {MAX_TAIL} characters without a place to cut", "chunk.data")
-        # A text that cannot be cut is not looked through again and again.
-        self._worth = max(PART, 2 * len(self._tail))
-        self._grow(ids)
+        async with self._tokenizing:
+            if len(self._text) - self._tokenized < self._worth and not final:
+                return
+            tail, _ = codecs.utf_8_decode(self._text[self._tokenized:], "strict", final)
+            ids, cut = await self._worker.encode_part(tail, final=final)
+            self._tokenized += len(tail[:cut].encode())
+            waiting = len(self._text) - self._tokenized
+            if waiting > MAX_TAIL:
+                raise ApiError("request_too_large", f"more than {MAX_TAIL} bytes without a place to cut", "chunk.data")
+            # A text that cannot be cut is not looked through again and again.
+            self._worth = max(PART, 2 * waiting)
+            self._grow(ids + self._after if final else ids)
 
     def _grow(self, ids: "array[int]") -> None:
         self.ids.extend(ids)
@@ -116,29 +120,32 @@ class Upload:
         if commit.sha256 != self._hash.digest():
             raise ApiError("checksum_mismatch", "the prompt does not have the SHA-256 that it was sent with",
                            "commit.sha256")
-        self._tail += self._decoded(b"", final=True)
+        if not self.received:
+            raise InvalidValueError("the prompt is empty", "prompt")
+        self._check_text(b"", final=True)
         self.committed.set()
 
     async def finish(self) -> None:
         """Tokenize the rest."""
         if self._is_text:
-            ids, _ = await self._worker.encode_part(self._tail, final=True)
-            self._tail = ""
-            self._grow(ids + self._after)
+            await self._tokenize(final=True)
 
     async def tokenized_at_once(self) -> "array[int] | None":
         """The ids of the whole text, when they are not those of its parts."""
-        if not self._is_text:
-            return None
-        whole = await self._worker.encode_at_once("".join(self._pieces))
-        self._pieces.clear()
+        whole = await self._worker.encode_at_once(self._text.decode()) if self._is_text else self.ids
+        self._let_go()
         if whole == self.ids:
             return None
         logger.error("a text of %d bytes has other tokens in parts than at once; the latter are used", self.received)
         return whole
 
     def release(self) -> None:
-        """The prompt's bytes are held no longer."""
+        """Nothing more comes, and nothing of the prompt is held any longer."""
+        self._over = True
+        self.ids = array("I")
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._bodies.let_go(self._held)
         self._held = 0
-        self._pieces.clear()
+        self._text = bytearray()
