@@ -130,7 +130,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """Take chunks until the Commit; the next one only when the last has its place."""
         try:
             while not upload.committed.is_set():
-                message = await self._next(context)
+                # A client that may be gone for a while may be silent for as long: its connection may be dead, and
+                # nobody has noticed yet.
+                message = await self._next(context, session.keep_s)
                 which = message.WhichOneof("message")
                 if which is None:
                     await _be_gone()
@@ -146,9 +148,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         except Exception as error:
             session.fail(error)
 
-    async def _next(self, context: Context) -> pb.GenerateRequest:
+    async def _next(self, context: Context, least_s: float = 0.0) -> pb.GenerateRequest:
         """The client's next message; an empty one when it has no more. Raises ApiError when none comes for long."""
-        idle_s = self._state.config.body_idle_timeout_s
+        idle_s = max(self._state.config.body_idle_timeout_s, least_s)
         try:
             async with asyncio.timeout(idle_s):
                 message = await context.read()

@@ -41,7 +41,9 @@ class Session:
         self.output_tokens = 0
         self.began = time.monotonic()
         self._state, self._engine_id, self._prepared = state, engine_id, prepared
-        self._keep_s, self._deadline_s, self._announced_tokens = keep_s, deadline_s, announced_tokens
+        self._deadline_s, self._announced_tokens = deadline_s, announced_tokens
+        self.keep_s = keep_s
+        """How long it lives without a client."""
         self._readers = 0
         self._timer: asyncio.TimerHandle | None = None
         self._forgotten = False
@@ -71,7 +73,7 @@ class Session:
         finally:
             self._readers -= 1
             if not self._readers and not self._forgotten:
-                self._timer = asyncio.get_running_loop().call_later(self._keep_s, self.forget)
+                self._timer = asyncio.get_running_loop().call_later(self.keep_s, self.forget)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

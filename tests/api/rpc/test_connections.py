@@ -287,3 +287,13 @@ def test_other_tenants_find_nothing(shared: RunningServer) -> None:
                 assert found.reason == "invalid_value" and found.field == "x-tenant"
         stub.Cancel(pb.CancelRequest(request_id="one"), metadata=ours, timeout=TIMEOUT_S)
     check_nothing_left(shared)
+
+
+def test_a_client_that_may_be_gone_for_a_while_may_be_silent_for_as_long(server: RunningServer, stub: Stub) -> None:
+    """Its connection may be dead without anybody's noticing: what was sent must still be there when it comes back."""
+    with Call(stub, text_open(request_id="one", keep=seconds(20)), chunk(b"ab")) as old:
+        time.sleep(1.0)  # longer than the server waits for a silent client that is not kept
+        with Call(stub, resume("one", 1), chunk(b"c", 2), commit(b"abc")) as new:
+            assert text_of(new.rest()) == "ab"
+        assert text_of(old.rest()) == "ab"
+    cancel(stub, "one")
