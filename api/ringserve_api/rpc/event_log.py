@@ -50,12 +50,16 @@ class EventLog:
             if not future.done():
                 future.set_result(None)
 
-    async def read(self, after: int) -> AsyncIterator[pb.Event]:
-        """The events after this number, then those that come; raises what the request ended with. Raises
-        InvalidValueError for a number that no event had."""
+    def check(self, after: int) -> None:
+        """Raises InvalidValueError for a number that no event had."""
         if after > len(self._numbered):
             raise InvalidValueError(f"after_sequence is {after}, but only {len(self._numbered)} events have happened",
                                     "after_sequence")
+
+    async def read(self, after: int) -> AsyncIterator[pb.Event]:
+        """The events after this number, then those that come; raises what the request ended with, and what
+        `check` raises."""
+        self.check(after)
         told: pb.Event | None = None
         while True:
             while after < len(self._numbered):

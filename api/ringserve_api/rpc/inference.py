@@ -64,6 +64,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             session, after = await self._open(first.open, tenant, context), 0
         elif which == "resume":
             session, after = self._sessions.find(tenant, first.resume.request_id), first.resume.after_sequence
+            session.events.check(after)
         else:
             raise InvalidValueError("the first message must be an Open or a Resume", "message")
         upload = session.upload

@@ -8,6 +8,7 @@ import pytest
 from ringserve_api.errors import TABLE
 from ringserve_api.rpc.upload import MAX_CHUNK
 
+from ringserve.errors import OverloadedError
 from ringserve.v1 import inference_pb2 as pb
 from tests.api.conftest import RunningServer
 from tests.api.rpc.calls import (
@@ -27,7 +28,6 @@ from tests.api.rpc.calls import (
 
 Messages = list[pb.GenerateRequest]
 HELLO = b"hello\n"
-WAIT_FOR_IT: Messages = []
 
 
 def check(found: Refusal, reason: str, field: str | None) -> None:
@@ -157,6 +157,15 @@ def test_numbers_of_events_that_never_were(server: RunningServer, stub: Stub) ->
             check(other.refusal(), "invalid_value", "after_sequence")
 
 
+def test_a_wrong_resume_takes_no_upload_away(server: RunningServer, stub: Stub) -> None:
+    with Call(stub, text_open(request_id="one"), chunk(HELLO)) as call:
+        call.until("accepted")
+        with Call(stub, resume("one", 9)) as other:
+            check(other.refusal(), "invalid_value", "after_sequence")
+        call.send(chunk(HELLO, 6), commit(HELLO * 2))
+        assert call.rest()[-1].HasField("finished")
+
+
 def test_a_name_that_is_taken(server: RunningServer, stub: Stub) -> None:
     with Call(stub, text_open(request_id="one")) as call:
         call.until("accepted")
@@ -176,7 +185,6 @@ def test_a_long_message_reaches_its_client(server: RunningServer, stub: Stub) ->
 
 
 def test_a_request_that_the_engine_refuses(server: RunningServer, stub: Stub) -> None:
-    from ringserve.errors import OverloadedError
     server.engine.refusal = OverloadedError("no room", retry_after_s=3)
     with Call(stub, text_open(), *upload(HELLO)) as call:
         found = call.refusal()
