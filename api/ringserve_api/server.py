@@ -93,6 +93,8 @@ class Server:
         self.rpc = rpc
         self._on_ready = on_ready
         self._exit_code = 0
+        self._impatient = False
+        """It was asked once; the next time aborts."""
 
     async def serve(self) -> int:
         try:
@@ -127,7 +129,7 @@ class Server:
         if self.rpc is None:
             self.rpc = RpcServer(self._config)
             self.rpc.bind()
-        for line in await self.rpc.start(self.state, self.shut_down):
+        for line in await self.rpc.start(self.state, self.drain):
             say(f"ringserve is listening for {line}")
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
 
@@ -165,9 +167,14 @@ class Server:
         self._loop.call_soon_threadsafe(self._ask, abort_code)
 
     def _ask(self, abort_code: int) -> None:
-        if self._asked.is_set():
+        if self._impatient:
             self._exit_code = abort_code
             self._aborted.set()
+        self._impatient = True
+        self._asked.set()
+
+    def drain(self) -> None:
+        """Likewise, for an operator's call: as often as it comes, and the first signal after it does not abort."""
         self._asked.set()
 
     async def _drain(self, died: "asyncio.Task[EngineDeadError]") -> None:

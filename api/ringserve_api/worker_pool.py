@@ -128,7 +128,7 @@ class PromptWorker:
         process, self._process = self._process, None
         if process is None:
             return
-        self._writer.close()
+        self._writer.transport.abort()  # and not close(): what is still to be written has no reader
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         with contextlib.suppress(OSError):

@@ -17,10 +17,9 @@ _PHASES = {"upload": pb.REQUEST_PHASE_UPLOAD, "prefill": pb.REQUEST_PHASE_PREFIL
 
 
 class Control(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, state: ServerState, sessions: Sessions, shut_down: Callable[[], None]) -> None:
-        self._state, self._sessions, self._shut_down = state, sessions, shut_down
+    def __init__(self, state: ServerState, sessions: Sessions, drain: Callable[[], None]) -> None:
+        self._state, self._sessions, self._drain = state, sessions, drain
         self._began = time.monotonic()
-        self._drained = False
 
     @answered
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
@@ -49,10 +48,7 @@ class Control(control_pb2_grpc.ControlServiceServicer):
     @answered
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         tenant_of_call(self._state, context, "admin")
-        # Once: the server takes a second time for impatience, and a client may just have tried again.
-        if not (self._drained or self._state.draining):
-            self._drained = True
-            self._shut_down()
+        self._drain()
         return pb.DrainResponse(open_requests=self._state.open_requests)
 
 

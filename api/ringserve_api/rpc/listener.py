@@ -38,7 +38,8 @@ class RpcListener:
             ("grpc.so_reuseport", 0),
             # A client that waits an hour in silence for its prefill may ask whether the server is still there.
             ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5000)))
+            # And this server asks too: a client that vanished without a word is gone after these.
+            ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)))
         address = f"[{self._host}]:{self._wanted}" if ":" in self._host else f"{self._host}:{self._wanted}"
         try:
             credentials = _credentials(self._config)

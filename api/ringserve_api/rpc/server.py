@@ -42,7 +42,7 @@ class RpcServer:
         for listener in self._listeners:
             listener.bind()
 
-    async def start(self, state: ServerState, shut_down: Callable[[], None]) -> list[str]:
+    async def start(self, state: ServerState, drain: Callable[[], None]) -> list[str]:
         """Returns a line for each listener: what it is, and where."""
         sessions = self.sessions = Sessions(state)
         lines = []
@@ -54,7 +54,7 @@ class RpcServer:
         if self._admin is not None:
             service = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
             await self._admin.start([(service, lambda server: (
-                control_pb2_grpc.add_ControlServiceServicer_to_server(Control(state, sessions, shut_down), server)))])
+                control_pb2_grpc.add_ControlServiceServicer_to_server(Control(state, sessions, drain), server)))])
             lines.append(f"gRPC for operators on {self._admin.target}")
         return lines
 
