@@ -33,7 +33,7 @@ CODE = ["def f(x):\n    return x\n\nclass A:\n\tpass\n", "# a comment\nimport os
         "über\nstraße\n日本語\n中文\n"]
 LINES = st.lists(st.one_of(
     st.sampled_from(["a", "It's", "it's ", " x", "\t", "", " ", "12", "{", "!!", "中文", "é", "<|end|>", "…", "\r",
-                     "x\u0301"]),
+                     "x\u0301", "a b", "  if x", "the end ", " of it", "²"]),
     st.text(max_size=12)), max_size=40).map("\n".join)
 
 
@@ -81,7 +81,7 @@ def test_the_embedded_model_and_its_like_can_be_cut_and_sentencepiece_cannot(tmp
     assert TextSegments(Tokenizer(str(write_byte_level(tmp_path / "byte"))).backend).can_cut
     pieces = TextSegments(Tokenizer(str(write_sentencepiece(tmp_path / "pieces"))).backend, segment=2)
     assert not pieces.can_cut, "each piece would begin with a space"
-    assert pieces._pieces("a\nb\nc\nd") == ["a\nb\nc\nd"]
+    assert pieces._pieces("a\nb c\nd e") == ["a\nb c\nd e"]
 
 
 def _with(tokenizer: Any, **changes: Any) -> Any:
@@ -91,7 +91,8 @@ def _with(tokenizer: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("why", ["a token over the end of a line", "a pattern that joins lines", "strips", "swallows",
-                                 "an added token over the end of a line", "prepends"])
+                                 "an added token over the end of a line", "prepends", "an added token over a space",
+                                 "a token over a space", "swallows what follows"])
 def test_what_is_not_independent_is_not_cut(why: str, backends: dict[str, Any]) -> None:
     tokenizer = Backend.from_str(backends["gpt2"].to_str())
     if why == "a token over the end of a line":
@@ -110,6 +111,14 @@ def test_what_is_not_independent_is_not_cut(why: str, backends: dict[str, Any]) 
         tokenizer.normalizer = normalizers.Strip()
     elif why == "prepends":
         tokenizer.normalizer = normalizers.Prepend("a")
+    elif why == "a token over a space":
+        state = json.loads(tokenizer.to_str())
+        state["model"]["vocab"]["aĠb"] = len(state["model"]["vocab"])
+        tokenizer = Backend.from_str(json.dumps(state))
+    elif why == "an added token over a space":
+        tokenizer.add_tokens([AddedToken("New York", normalized=False)])
+    elif why == "swallows what follows":
+        tokenizer.add_tokens([AddedToken("assistant", rstrip=True)])
     elif why == "swallows":
         tokenizer.add_tokens([AddedToken("assistant", lstrip=True)])
     else:

@@ -36,7 +36,7 @@ class EarlyPrefill:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """What it was computing is taken over by whoever waits for it, or left."""
+        """What it has computed stays in the prefix cache."""
         await cancelled(self._task)
 
     async def _run(self) -> None:

@@ -144,9 +144,12 @@ class Session:
             await self.upload.committed.wait()
             self.phase = "prefill"
             await self.upload.finish()
+            if early is not None:
+                # Between two steps: what it has computed is there, and the real request has the ring for itself.
+                await early.stop()
             check = asyncio.create_task(self.upload.tokenized_at_once())
             try:
-                await self._answer(self._with(self.upload.ids), stopped, check, early)
+                await self._answer(self._with(self.upload.ids), stopped, check)
                 if (whole := await check) is not None:
                     await self._answer(self._with(whole), stopped)
             finally:
@@ -171,13 +174,10 @@ class Session:
     def _with(self, ids: "array[int]") -> Prepared:
         return msgspec.structs.replace(self._prepared, prompt_ids=little_endian(ids))
 
-    async def _answer(self, prepared: Prepared, stopped: Stopped, check: Check | None = None,
-                      early: EarlyPrefill | None = None) -> None:
+    async def _answer(self, prepared: Prepared, stopped: Stopped, check: Check | None = None) -> None:
         """Run the request to its end. Without a word of its answer when `check` finds that it has other tokens."""
         async with Generation(self._state.engine, prepared, self._engine_id, stopped) as generation:
             estimate = await generation.submit()
-            if early is not None:
-                await early.stop()  # only now: what it was computing has found its heir
             if estimate is not None:
                 self._admit(estimate)
             async for output in generation.outputs():
