@@ -43,5 +43,5 @@ def kill(pid: int) -> None:
 
 def listeners(pids: Iterable[int]) -> set[tuple[str, int]]:
     """(address, port) of every listening TCP socket of these processes; IPv4 as such, also where IPv6 carries it."""
-    return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for pid in pids for c in psutil.Process(pid).net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN}
+    return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port)
+            for pid in pids for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
