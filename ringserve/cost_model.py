@@ -28,6 +28,8 @@ OUTLIER = 4.0
 DRIFT_STEPS, DRIFT = 16, 1.25
 """When the middle one of so many steps is off by this factor, the machine has become slower or faster: everything is
 scaled at once, where the fit alone would believe the old steps for long."""
+LEAST_S = 1e-6
+"""No step is predicted to take less: a fit may believe for a while that one costs nothing."""
 FITTING = 0.9
 MARGIN_STEPS = 8
 MOST_MARGIN = 1.5
@@ -225,7 +227,7 @@ class CostModel:
 
     def observe(self, features: Vector, seconds: float) -> None:
         """A step with these features took so long."""
-        predicted = dot(features, self.weights)
+        predicted = max(dot(features, self.weights), LEAST_S)
         self.errors.add(abs(predicted - seconds) / seconds)
         self._overruns.add(seconds / predicted)
         self.steps += 1

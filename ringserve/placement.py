@@ -55,7 +55,7 @@ class Placer:
         best, best_s = fitting[0], self._seconds(tokens, output, fitting[0])
         for width in fitting[1:]:
             seconds = self._seconds(tokens, output, width)
-            if best_s / seconds >= GAIN * width / best:
+            if best_s >= GAIN * width / best * seconds:
                 best, best_s = width, seconds
         return best
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ringserve.cost_model import (
@@ -325,6 +325,7 @@ def test_one_outlier_counts_as_no_more_than_its_cut() -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(st.just(0.0) | st.floats(1e-4, 1e4), min_size=N - 1, max_size=N - 1),
                           st.floats(1e-4, 1e3)), min_size=1, max_size=60))
+@example([([0.0] * 6, 1.0), ([0.0] * 5 + [1.0], 1e-4), ([0.0] * 6, 1.0)])  # after which an empty step costs nothing
 def test_weights_are_never_negative(steps: list[tuple[list[float], float]]) -> None:
     """Features of any size (in units of what the machine was thought to do in a ms) that took any time."""
     cost = fresh()
