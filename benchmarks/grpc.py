@@ -36,7 +36,7 @@ from ringserve_api.rpc.server import RpcServer
 from ringserve_api.server import Server
 
 from ringserve.async_engine import resolve_model
-from ringserve.outputs import Estimate, RequestOutput, Usage
+from ringserve.outputs import RequestOutput, Usage
 from ringserve.sampling_params import SamplingParams
 from ringserve.tokenizer import Tokenizer
 from ringserve.v1 import inference_pb2 as pb
@@ -73,9 +73,6 @@ class Echo:
                 request_id=request_id, text=self._text[i % 100], token_ids=[checksum if last else 300 + i % 100],
                 finish_reason="length" if last else None,
                 usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens) if last else None)
-
-    async def estimate(self, *_: Any) -> Estimate:
-        raise NotImplementedError
 
     async def cancel(self, request_id: str) -> None:
         pass

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from ringserve_api.demo import Haystack, running_server
+from ringserve_api.demo import Haystack, end, running_server
 
 from ringserve.async_engine import resolve_model
 from ringserve.tokenizer import Tokenizer
@@ -265,12 +265,7 @@ def running_vllm(console: Console, python: str, model: Path, name: str, most_tok
             console.print(f"vLLM is up after {time.monotonic() - started:.0f} s", highlight=False)
             yield url
         finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
 
 
 def _healthy(url: str) -> bool:

@@ -10,6 +10,8 @@ from ringserve.fit import Vector
 from ringserve.sampling_params import SamplingParams
 from ringserve.scheduling_params import SchedulingParams
 
+PROGRESS_INTERVAL_S = 0.1
+
 
 class RequestStatus(enum.Enum):
     WAITING = "waiting"
@@ -96,6 +98,22 @@ class Request:
     def num_missing(self) -> int:
         """Tokens that are known and not computed, by whomever they will be."""
         return len(self.token_ids) - self.done
+
+    def finish_reason(self, token: int) -> str | None:
+        """Why the answer ends with this token, its latest; None when it goes on."""
+        params = self.params
+        if (token in self.end_token_ids or token in params.stop_token_ids) and (
+                self.output_tokens >= params.min_tokens) and (
+                token in params.stop_token_ids or not params.ignore_eos):
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def progress_is_due(self, now: float) -> bool:
+        """Whether the last word is a while ago: steps may take milliseconds. Counts as said when it is due."""
+        due = now - self.last_progress >= PROGRESS_INTERVAL_S
+        if due:
+            self.last_progress = now
+        return due
 
     def missing(self, block_size: int, limit: int) -> list[tuple[int, int]]:
         """The first missing tokens that it can compute now, in position order, at most `limit`, as spans [start, stop),

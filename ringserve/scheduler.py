@@ -34,7 +34,6 @@ from ringserve.request import Request, RequestStatus
 from ringserve.tenants import Tenants
 from ringserve.updates import RequestUpdate
 
-PROGRESS_INTERVAL_S = 0.1
 SMALL = 1 / 16
 """Of a request's blocks: one so much smaller does not delay it. Of each rank's slots: kept for small requests, so that
 long prompts that wait for each other do not make everybody wait."""
@@ -170,7 +169,7 @@ class Scheduler:
             self._holdings.commit(request, rows.spans)
             if rows.sample:
                 updates.append(self._append(request, sampled[rows.handle], now))
-            elif request.return_progress and _progress_is_due(request, now):
+            elif request.return_progress and request.progress_is_due(now):
                 updates.append(RequestUpdate(request_id=request.request_id, progress=self.progress(request)))
         self._in_flight = []
         if gained_s and seconds > 0:
@@ -189,7 +188,7 @@ class Scheduler:
         for token in sampled.token_ids:
             taken.append(token)
             request.token_ids.append(token)
-            reason = _finish_reason(request, token)
+            reason = request.finish_reason(token)
             if reason is not None:
                 break
         progress = self.progress(request) if first and request.return_progress else None
@@ -366,7 +365,7 @@ class Scheduler:
         if not self._waiting:
             return []
         now = self._clock()
-        due = [r for r in self._waiting if r.return_progress and _progress_is_due(r, now)]
+        due = [r for r in self._waiting if r.return_progress and r.progress_is_due(now)]
         if not due:
             return []
         order = {r.handle: place for place, r in enumerate(
@@ -397,20 +396,3 @@ class Scheduler:
         assert set(self._by_id.values()) == set(self._running.values()) | set(self._waiting)
         assert set(self._decoding) <= set(self._running)
         assert all(r.num_missing == 1 for r in self._decoding.values())
-
-
-def _finish_reason(request: Request, token: int) -> str | None:
-    params = request.params
-    if (token in request.end_token_ids or token in params.stop_token_ids) and (
-            request.output_tokens >= params.min_tokens) and (
-            token in params.stop_token_ids or not params.ignore_eos):
-        return "stop"
-    return "length" if len(request.token_ids) >= request.max_total_tokens else None
-
-
-def _progress_is_due(request: Request, now: float) -> bool:
-    """Whether the last word is a while ago: steps may take milliseconds."""
-    due = now - request.last_progress >= PROGRESS_INTERVAL_S
-    if due:
-        request.last_progress = now
-    return due

@@ -35,14 +35,15 @@ class TextSegments:
     def __init__(self, backend: Any, segment: int = SEGMENT, most_remembered: int = MOST_REMEMBERED) -> None:
         """`backend`: a `tokenizers.Tokenizer`."""
         self._backend, self._segment, self._most_remembered = backend, segment, most_remembered
-        self._known: OrderedDict[tuple[bool, str], array[int]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bool, str], array[int]] = OrderedDict()
         self._remembered = 0
 
-    def encode(self, text: str) -> "array[int]":
-        """Ids of a text, as the backend gives them for the whole without special tokens around it."""
+    def encode(self, text: str, tenant: str = "") -> "array[int]":
+        """Ids of a text, as the backend gives them for the whole without special tokens around it. What was remembered
+        for one tenant is not found for another: the time that is saved would tell who has which text."""
         ids = array("I")
         for piece in self._pieces(text):
-            ids.extend(self._ids(piece))
+            ids.extend(self._ids(piece, tenant))
         return ids
 
     def _pieces(self, text: str) -> list[str]:
@@ -64,8 +65,8 @@ class TextSegments:
             back *= 8
         return 0
 
-    def _ids(self, piece: str) -> "array[int]":
-        key = (self._backend.encode_special_tokens, piece)
+    def _ids(self, piece: str, tenant: str) -> "array[int]":
+        key = (tenant, self._backend.encode_special_tokens, piece)
         if (ids := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return ids
@@ -74,7 +75,7 @@ class TextSegments:
             self._known[key] = ids
             self._remembered += len(piece)
             while self._remembered > self._most_remembered:
-                (_, oldest), _ = self._known.popitem(last=False)
+                (*_, oldest), _ = self._known.popitem(last=False)
                 self._remembered -= len(oldest)
         return ids
 

@@ -34,16 +34,17 @@ class Tokenizer:
     def from_source(cls, source: str) -> "Tokenizer":
         return cls(source)
 
-    def encode(self, text: str, allow_special: bool = True) -> "array[int]":
+    def encode(self, text: str, allow_special: bool = True, *, tenant: str = "") -> "array[int]":
         """Ids of a text. With `allow_special` it is a whole prompt: special tokens in it are recognised and
-        what the model wants around a prompt is added; without, it is plain text."""
-        return self._encode(text, add=allow_special, as_text=not allow_special)
+        what the model wants around a prompt is added; without, it is plain text. `tenant`: who may save time by it
+        later, see TextSegments."""
+        return self._encode(text, tenant, add=allow_special, as_text=not allow_special)
 
-    def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+    def encode_part(self, text: str, *, final: bool, tenant: str = "") -> "tuple[array[int], int]":
         """Ids of as much of a text as nothing that follows can change, and how many characters that is. Special tokens
         are recognised; what stands around a prompt is `around`. The parts of a text give the ids of the whole."""
         cut = len(text) if final else self._segments.cut(text)
-        return self._segments.encode(text[:cut]), cut
+        return self._segments.encode(text[:cut], tenant), cut
 
     def encode_at_once(self, text: str) -> "array[int]":
         """What `encode` gives for a prompt, in one piece: to hold the sum of its parts against."""
@@ -54,7 +55,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True,
                     continue_final_message: bool = False,
-                    chat_template_kwargs: dict[str, Any] | None = None) -> "array[int]":
+                    chat_template_kwargs: dict[str, Any] | None = None, tenant: str = "") -> "array[int]":
         """Ids of a conversation: rendered by the checkpoint's template, tokenized whole.
 
         Equals transformers' `apply_chat_template` unless a message contains a special token's text, which stays
@@ -74,7 +75,7 @@ class Tokenizer:
             raise InvalidValueError(f"the model's chat template refuses the messages: {str(error)[:200]}",
                                     "messages") from error
         if not hidden:
-            return self._encode(text, add=False, as_text=False)
+            return self._encode(text, tenant, add=False, as_text=False)
         ids = array("I")
         for number, part in enumerate(self._special_pattern.split(text)):
             if number % 2:
@@ -82,7 +83,7 @@ class Tokenizer:
             elif number:
                 ids.extend(self._inner_backend.encode(_unshield(part, hidden), add_special_tokens=False).ids)
             else:
-                ids.extend(self._encode(_unshield(part, hidden), add=False, as_text=True))
+                ids.extend(self._encode(_unshield(part, hidden), tenant, add=False, as_text=True))
         return ids
 
     def token_text(self, token_id: int) -> str:
@@ -104,11 +105,11 @@ class Tokenizer:
         """The `tokenizers.Tokenizer` underneath."""
         return self._backend
 
-    def _encode(self, text: str, *, add: bool, as_text: bool) -> "array[int]":
+    def _encode(self, text: str, tenant: str, *, add: bool, as_text: bool) -> "array[int]":
         around = self.around if add else (array("I"), array("I"))
         try:
             self._backend.encode_special_tokens = as_text
-            return around[0] + self._segments.encode(text) + around[1]
+            return around[0] + self._segments.encode(text, tenant) + around[1]
         finally:
             self._backend.encode_special_tokens = False
 

@@ -126,12 +126,17 @@ def running_server(console: Console, flags: list[str], model: str = "needle") ->
         url, grpc_target = _announced(console, process)
         yield Started(url=url, grpc_target=grpc_target, process=psutil.Process(process.pid))
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
+
+
+def end(process: "subprocess.Popen[Any]") -> None:
+    """Ask a server to end; insist when it does not."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _announced(console: Console, process: "subprocess.Popen[str]") -> tuple[str, str]:

@@ -21,7 +21,7 @@ from ringserve_api.engine_port import Tokenizer
 from ringserve_api.generation import Generation, Stopped, unless_ended
 from ringserve_api.keys import Key
 from ringserve_api.prepare import Kind, Prepared, prepare
-from ringserve_api.reply import Answer, Json, Reply, Shape
+from ringserve_api.reply import Answer, Reply, Shape
 from ringserve_api.sse import EventStream
 from ringserve_api.state import ServerState
 
@@ -51,8 +51,8 @@ class GenerateResponse(Response):
                 if prepared.stream:
                     response: Response = EventStream(generation, reply, headers, state.config.keep_alive_s)
                 else:
-                    answer = await unless_ended(receive, stopped, _collect(generation, reply))
-                    response = Response(msgspec.json.encode(answer), 200, headers, "application/json")
+                    answer = await unless_ended(receive, stopped, collect(generation))
+                    response = Response(msgspec.json.encode(reply.whole(answer)), 200, headers, "application/json")
                 await response(scope, receive, send)
 
 
@@ -61,16 +61,14 @@ async def read_request(state: ServerState, kind: Kind | None, request: Request, 
     key: Key | None = request.state.key
     tenant = key.tenant if key is not None else tenant_of(request.headers, state.config.tenant_header)
     async with state.bodies.read(request) as body:
-        prepared = await unless_ended(request.receive, stopped, prepare_body(state, kind, body))
-    scheduling = msgspec.structs.replace(prepared.scheduling, tenant=tenant)
-    return msgspec.structs.replace(prepared, scheduling=scheduling)
+        return await unless_ended(request.receive, stopped, prepare_body(state, kind, body, tenant))
 
 
-async def prepare_body(state: ServerState, kind: Kind | None, body: bytes) -> Prepared:
+async def prepare_body(state: ServerState, kind: Kind | None, body: bytes, tenant: str) -> Prepared:
     """Here what is small, in the prompt worker what is large."""
     if len(body) <= state.config.inline_body_kib << 10:
-        return prepare(kind, body, state.tokenizer, state.model)
-    return await state.prompt_worker.prepare(kind, body)
+        return prepare(kind, body, state.tokenizer, state.model, tenant)
+    return await state.prompt_worker.prepare(kind, body, tenant)
 
 
 def tenant_of(headers: Headers, name: str | None) -> str:
@@ -87,13 +85,14 @@ def tenant_among(values: list[str], name: str | None) -> str:
     return values[0] if values else ""
 
 
-async def _collect(generation: Generation, reply: Reply) -> Json:
+async def collect(generation: Generation) -> Answer:
+    """The whole of an answer."""
     answer = Answer()
     while answer.last is None or answer.last.finish_reason is None:
         output = await generation.next()
         assert output is not None, "without a time-out there is always an event"
         answer.add(output)
-    return reply.whole(answer)
+    return answer
 
 
 def _shape(prepared: Prepared, tokenizer: Tokenizer) -> Shape:

@@ -53,7 +53,6 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kind: Kind
     params: SamplingParams
     scheduling: SchedulingParams
-    """Without the tenant, which no body names."""
     service_tier: str | None
     """The tier that serves the request, where one was asked for."""
     prompt_ids: bytes
@@ -87,8 +86,8 @@ def from_little_endian(data: bytes) -> "array[int]":
     return ids
 
 
-def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineInfo) -> Prepared:
-    """Parse, validate and tokenize the body of a request; without a `kind` of whichever kind it is.
+def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineInfo, tenant: str = "") -> Prepared:
+    """Parse, validate and tokenize the body of a tenant's request; without a `kind` of whichever kind it is.
 
     Raises InvalidValueError or ApiError with the field's name.
     """
@@ -105,13 +104,13 @@ def prepare(kind: Kind | None, body: bytes, tokenizer: Tokenizer, info: EngineIn
         _check_supported(extra, UNSUPPORTED_STREAM_OPTIONS, "stream_options.")
         ignored |= {f"stream_options.{name}" for name in extra.keys() - UNSUPPORTED_STREAM_OPTIONS.keys()}
     params = _sampling_params(fields, info)
-    scheduling = _scheduling_params(fields)
+    scheduling = _scheduling_params(fields, tenant)
     echo = None
     if isinstance(fields, ChatFields):
-        ids = _chat_ids(fields, tokenizer, ignored)
+        ids = _chat_ids(fields, tokenizer, tenant, ignored)
     else:
         assert isinstance(fields, CompletionFields)
-        ids, echo = _completion_ids(fields, tokenizer)
+        ids, echo = _completion_ids(fields, tokenizer, tenant)
     return Prepared(
         kind=kind, params=params, scheduling=scheduling,
         service_tier="default" if fields.service_tier == "auto" else fields.service_tier,
@@ -212,12 +211,12 @@ def _sampling_params(fields: GenerationFields, info: EngineInfo) -> SamplingPara
         **{name: value for name, value in values.items() if value is not None})
 
 
-def _scheduling_params(fields: GenerationFields) -> SchedulingParams:
+def _scheduling_params(fields: GenerationFields, tenant: str) -> SchedulingParams:
     tier = _PRIORITY_OF_TIER.get(fields.service_tier or "auto")
     if tier is not None and fields.priority is not None:
         raise InvalidValueError(f"service_tier {fields.service_tier} is a priority ({tier}): leave out priority, "
                                 "or give it with service_tier auto or default", "priority")
-    return SchedulingParams(priority=tier or fields.priority or 0, cache_salt=fields.cache_salt or "")
+    return SchedulingParams(tenant=tenant, priority=tier or fields.priority or 0, cache_salt=fields.cache_salt or "")
 
 
 def _max_tokens(fields: GenerationFields) -> int | None:
@@ -273,7 +272,8 @@ def _in_vocabulary(ids: list[int], param: str, info: EngineInfo) -> list[int]:
     return ids
 
 
-def _completion_ids(fields: CompletionFields, tokenizer: Tokenizer) -> "tuple[array[int], str | None]":
+def _completion_ids(fields: CompletionFields, tokenizer: Tokenizer,
+                    tenant: str) -> "tuple[array[int], str | None]":
     """The prompt's ids, which the engine checks against the vocabulary, and its text if `echo` wants it."""
     if fields.echo and fields.logprobs is not None:
         raise ApiError("unsupported_parameter", "logprobs together with echo is not supported yet",
@@ -281,7 +281,7 @@ def _completion_ids(fields: CompletionFields, tokenizer: Tokenizer) -> "tuple[ar
     prompt = _one_prompt(fields.prompt)
     if isinstance(prompt, str):
         # The client composed the whole prompt, so special tokens in it are meant.
-        return tokenizer.encode(prompt, allow_special=True), prompt if fields.echo else None
+        return tokenizer.encode(prompt, allow_special=True, tenant=tenant), prompt if fields.echo else None
     try:
         ids = array("I", prompt)
     except OverflowError:
@@ -310,7 +310,7 @@ def _one_prompt(prompt: Any) -> str | list[int]:
     raise InvalidValueError("prompt must be a string or a list of token ids (integers), and not empty", "prompt")
 
 
-def _chat_ids(fields: ChatFields, tokenizer: Tokenizer, ignored: set[str]) -> "array[int]":
+def _chat_ids(fields: ChatFields, tokenizer: Tokenizer, tenant: str, ignored: set[str]) -> "array[int]":
     messages = read_messages(fields.messages, ignored)
     kwargs = _template_kwargs(fields)
     continue_final_message = bool(fields.continue_final_message)
@@ -320,7 +320,8 @@ def _chat_ids(fields: ChatFields, tokenizer: Tokenizer, ignored: set[str]) -> "a
     add_generation_prompt = (not continue_final_message if fields.add_generation_prompt is None
                              else fields.add_generation_prompt)
     return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt,
-                                 continue_final_message=continue_final_message, chat_template_kwargs=kwargs)
+                                 continue_final_message=continue_final_message, chat_template_kwargs=kwargs,
+                                 tenant=tenant)
 
 
 def _template_kwargs(fields: ChatFields) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class PrepareBody(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     kind: Kind | None
     body: bytes
+    tenant: str
 
 
 class EncodePart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -39,6 +40,7 @@ class EncodePart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     text: str
     final: bool
+    tenant: str
 
 
 class EncodeWhole(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -82,9 +84,11 @@ def _read_frame(sock: socket.socket) -> bytearray:
 
 def _done(job: Job, tokenizer: Tokenizer, model: ServedModel) -> Prepared | Encoded:
     if isinstance(job, PrepareBody):
-        return prepare(job.kind, job.body, tokenizer, model)
-    ids, characters = tokenizer.encode_part(job.text, final=job.final) if isinstance(job, EncodePart) else (
-        tokenizer.encode_at_once(job.text), len(job.text))
+        return prepare(job.kind, job.body, tokenizer, model, job.tenant)
+    if isinstance(job, EncodePart):
+        ids, characters = tokenizer.encode_part(job.text, final=job.final, tenant=job.tenant)
+    else:
+        ids, characters = tokenizer.encode_at_once(job.text), len(job.text)
     return Encoded(token_ids=little_endian(ids), characters=characters)
 
 

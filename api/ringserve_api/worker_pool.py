@@ -39,15 +39,15 @@ class PromptWorker:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def prepare(self, kind: Kind | None, body: bytes) -> Prepared:
+    async def prepare(self, kind: Kind | None, body: bytes, tenant: str = "") -> Prepared:
         """Do what `prepare.prepare` does, without holding up the event loop."""
-        reply = await self._do(PrepareBody(kind=kind, body=body))
+        reply = await self._do(PrepareBody(kind=kind, body=body, tenant=tenant))
         assert isinstance(reply, Prepared)
         return reply
 
-    async def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+    async def encode_part(self, text: str, *, final: bool, tenant: str) -> "tuple[array[int], int]":
         """`Tokenizer.encode_part`, likewise."""
-        reply = await self._do(EncodePart(text=text, final=final))
+        reply = await self._do(EncodePart(text=text, final=final, tenant=tenant))
         assert isinstance(reply, Encoded)
         return from_little_endian(reply.token_ids), reply.characters
 

@@ -34,12 +34,12 @@ class ByteTokenizer:
     def from_source(cls, source: str) -> "ByteTokenizer":
         return cls(source)
 
-    def encode(self, text: str, allow_special: bool) -> "array[int]":
+    def encode(self, text: str, allow_special: bool, *, tenant: str = "") -> "array[int]":
         if text.startswith("SLEEP "):
             time.sleep(float(text.split(" ", 2)[1]))
         return array("I", list(text.encode()))
 
-    def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":
+    def encode_part(self, text: str, *, final: bool, tenant: str = "") -> "tuple[array[int], int]":
         """Whatever comes after the last newline may change."""
         cut = len(text) if final else text.rfind("\n") + 1
         return self.encode(text[:cut], allow_special=True), cut
@@ -52,7 +52,8 @@ class ByteTokenizer:
         return array("I"), array("I")
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool,
-                    continue_final_message: bool, chat_template_kwargs: dict[str, Any]) -> "array[int]":
+                    continue_final_message: bool, chat_template_kwargs: dict[str, Any],
+                    tenant: str = "") -> "array[int]":
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         text += "".join(f"[{name}={value}]" for name, value in chat_template_kwargs.items())
         if continue_final_message:

@@ -1,16 +1,16 @@
 """TLS: handshakes, what is refused in them, and files that are refused before."""
 
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import trustme
+from cryptography.hazmat.primitives import serialization
 from ringserve_api.cli import main
 from ringserve_api.config import ServerConfig
 from ringserve_api.server import bind_socket
@@ -21,12 +21,6 @@ from tests.api.conftest import RunningServer, eventually
 from tests.api.test_http import BODY
 from tests.api.test_keys import ACME, ENTRIES, write
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with `openssl`")
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60)
-
 
 @dataclass(frozen=True)
 class Authority:
@@ -34,24 +28,21 @@ class Authority:
 
     folder: Path
     name: str
-
-    def make(self) -> "Authority":
-        openssl(self.folder, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={self.name}",
-                "-keyout", f"{self.name}.key", "-out", f"{self.name}.pem")
-        return self
+    authority: trustme.CA = field(default_factory=trustme.CA)
 
     @property
     def root(self) -> str:
-        return str(self.folder / f"{self.name}.pem")
+        path = self.folder / f"{self.name}.pem"
+        self.authority.cert_pem.write_to_path(path)
+        return str(path)
 
     def sign(self, name: str) -> tuple[str, str]:
         """Paths of a certificate and its key."""
-        (self.folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\n")
-        openssl(self.folder, "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}.key",
-                "-out", f"{name}.csr")
-        openssl(self.folder, "x509", "-req", "-in", f"{name}.csr", "-CA", f"{self.name}.pem", "-CAkey",
-                f"{self.name}.key", "-CAcreateserial", "-days", "2", "-extfile", "extensions", "-out", f"{name}.pem")
-        return str(self.folder / f"{name}.pem"), str(self.folder / f"{name}.key")
+        signed = self.authority.issue_cert("127.0.0.1")
+        certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        signed.cert_chain_pems[0].write_to_path(certificate)
+        signed.private_key_pem.write_to_path(key)
+        return str(certificate), str(key)
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Files:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("certificates")
-    ours, theirs = Authority(folder, "ours").make(), Authority(folder, "theirs").make()
+    ours, theirs = Authority(folder, "ours"), Authority(folder, "theirs")
     return Files(ours.root, ours.sign("server"), ours.sign("client"), theirs.sign("stranger"))
 
 
@@ -166,7 +157,10 @@ def wrong_files(files: Files, folder: Path) -> list[tuple[dict[str, str], str]]:
     Path(empty).write_text("")
     Path(torn).write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     Path(torn_key).write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
-    openssl(folder, "pkey", "-in", key, "-aes256", "-passout", "pass:secret", "-out", locked)
+    private = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    Path(locked).write_bytes(private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret")))
     return [
         ({"tls_cert": none, "tls_key": key}, f"tls_cert cannot be read: {none}: No such file"),
         ({"tls_cert": cert, "tls_key": none}, f"tls_key cannot be read: {none}: No such file"),

@@ -326,7 +326,7 @@ def test_a_row_without_a_token_ends_that_request_with_an_error_and_no_other() ->
 
 
 def test_progress_is_weighted_by_cost_and_ends_at_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringserve.scheduler.PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("ringserve.request.PROGRESS_INTERVAL_S", 0.0)
     driven = Driven(chunk=8)
     driven.add("a", prompt(64), max_tokens=1, return_progress=True)
     seen = []
@@ -341,7 +341,7 @@ def test_progress_is_weighted_by_cost_and_ends_at_the_whole(monkeypatch: pytest.
 
 
 def test_progress_comes_no_more_often_than_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringserve.scheduler.PROGRESS_INTERVAL_S", 1e9)
+    monkeypatch.setattr("ringserve.request.PROGRESS_INTERVAL_S", 1e9)
     driven = Driven(chunk=8)
     driven.add("a", prompt(64), max_tokens=1, return_progress=True)
     seen = []

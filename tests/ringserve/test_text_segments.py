@@ -145,9 +145,11 @@ def test_what_was_seen_is_not_tokenized_again(backends: dict[str, Any]) -> None:
     first = counting.characters
     assert segments.encode(book + "where?") == wanted[1]
     assert first == len(book) + 4 and counting.characters - first < 250, "only the last piece is new"
+    before = counting.characters
+    assert segments.encode(book, tenant="another") and counting.characters == before + len(book), "not for others"
     for number in range(10):
         segments.encode("".join(f"another {number} {i}\n" for i in range(1000)))
-        assert segments._remembered == sum(len(piece) for _, piece in segments._known) <= 20_000
+        assert segments._remembered == sum(len(piece) for *_, piece in segments._known) <= 20_000
     segments.encode(book)
     assert counting.characters > 2 * len(book), "what was forgotten is done again"
 

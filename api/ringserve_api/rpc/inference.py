@@ -15,12 +15,11 @@ from ringserve.errors import ContextLengthError, InvalidValueError
 from ringserve.v1 import inference_pb2 as pb
 from ringserve.v1 import inference_pb2_grpc
 from ringserve_api.errors import ApiError, is_expected
-from ringserve_api.generate import prepare_body
+from ringserve_api.generate import collect, prepare_body
 from ringserve_api.generation import Generation, refusals_named_for
 from ringserve_api.prepare import Kind, Prepared
-from ringserve_api.reply import Answer
 from ringserve_api.rpc import messages
-from ringserve_api.rpc.callers import tenant_of_call
+from ringserve_api.rpc.callers import Context, tenant_of_call
 from ringserve_api.rpc.session import Session
 from ringserve_api.rpc.sessions import Sessions
 from ringserve_api.rpc.status import status_of
@@ -29,7 +28,6 @@ from ringserve_api.state import ServerState
 
 MOST_KEEP_S = 24 * 3600.0
 LOST_WITHIN_S = 1.0
-Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
 logger = logging.getLogger("ringserve.api")
@@ -112,7 +110,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if announced + output > n_ctx:
             raise ContextLengthError(announced, output, n_ctx)
         upload = Upload(request.prompt_kind, self._state.tokenizer.around, self._state.prompt_worker,
-                        self._state.bodies, n_ctx, output)
+                        self._state.bodies, tenant, n_ctx, output)
         return self._begin(request, prepared, upload, context, announced)
 
     def _begin(self, request: pb.Open | pb.ChatRequest, prepared: Prepared, upload: Upload | None, context: Context,
@@ -169,17 +167,13 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             await self._prepared("completions", request, tenant, prompt=_prompt_of(request)), request.sampling)
         prepared = msgspec.structs.replace(prepared, return_progress=False)
         deadline_s = messages.least(prepared.scheduling.deadline_s, context.time_remaining())
-        answer = Answer()
         with self._state.open_request() as stopped:
             async with (_deadline(deadline_s),
                         Generation(self._state.engine, prepared, messages.new_id(), stopped) as generation):
                 estimate = await generation.submit()
                 if estimate is not None:
                     messages.check_in_time(estimate, deadline_s, began)
-                while not generation.finished:
-                    output = await generation.next()
-                    assert output is not None, "without a time-out there is always an event"
-                    answer.add(output)
+                answer = await collect(generation)
         assert answer.last is not None
         return pb.GenerateTextResponse(
             request_id=generation.request_id, text=answer.text, token_ids=answer.token_ids,
@@ -234,9 +228,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def _prepared(self, kind: Kind, request: Any, tenant: str, **prompt: Any) -> Prepared:
         """What the HTTP route would make of the same request."""
         fields = messages.fields_of(kind, request, **prompt)
-        prepared = await prepare_body(self._state, kind, msgspec.json.encode(fields))
+        prepared = await prepare_body(self._state, kind, msgspec.json.encode(fields), tenant)
         return msgspec.structs.replace(prepared, scheduling=msgspec.structs.replace(
-            prepared.scheduling, tenant=tenant, deadline_s=messages.deadline_of(request)))
+            prepared.scheduling, deadline_s=messages.deadline_of(request)))
 
 
 async def _be_gone() -> None:

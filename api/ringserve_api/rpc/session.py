@@ -48,6 +48,7 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
         self._forgotten = False
         self._feeder: asyncio.Task[None] | None = None
+        self._unfed: asyncio.TimerHandle | None = None
         self._open = contextlib.ExitStack()
         stopped = self._open.enter_context(state.open_request())
         stopped.add_done_callback(self._on_stopped)
@@ -83,14 +84,22 @@ class Session:
     @contextlib.asynccontextmanager
     async def fed(self, feed: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         """The prompt comes from this connection now. Whoever fed it before is stopped: a connection that was lost may
-        be the last to know."""
+        be the last to know. It may go on reading, so when nobody feeds, no reader keeps the request waiting."""
         if self._feeder is not None:
             self._feeder.cancel()
+        if self._unfed is not None:
+            self._unfed.cancel()
         feeder = self._feeder = asyncio.create_task(feed)
         try:
             yield
         finally:
+            if feeder is self._feeder:
+                self._unfed = asyncio.get_running_loop().call_later(self.keep_s, self._starve)
             await cancelled(feeder)
+
+    def _starve(self) -> None:
+        if self.phase == "upload":
+            self.fail(ApiError("body_idle_timeout", f"the prompt stopped arriving for {self.keep_s:g} s"))
 
     def forget(self) -> None:
         """End it, if it has not ended, and give up its events."""
@@ -144,19 +153,18 @@ class Session:
             await self.upload.committed.wait()
             self.phase = "prefill"
             await self.upload.finish()
-            if early is not None:
-                # Between two steps: what it has computed is there, and the real request has the ring for itself.
-                await early.stop()
-            check = asyncio.create_task(self.upload.tokenized_at_once())
-            try:
-                await self._answer(self._with(self.upload.ids), stopped, check)
-                if (whole := await check) is not None:
-                    await self._answer(self._with(whole), stopped)
-            finally:
-                await cancelled(check)
         finally:
+            # Before the real request comes, and between two steps: what was computed is there, and it has the ring for
+            # itself.
             if early is not None:
                 await early.stop()
+        check = asyncio.create_task(self.upload.tokenized_at_once())
+        try:
+            await self._answer(self._with(self.upload.ids), stopped, check)
+            if (whole := await check) is not None:
+                await self._answer(self._with(whole), stopped)
+        finally:
+            await cancelled(check)
 
     async def _foresee(self) -> None:
         """Before the prompt comes: what would become of one of its length of which nothing is computed yet."""

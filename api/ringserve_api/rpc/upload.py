@@ -29,7 +29,7 @@ class Upload:
     """`add` each chunk, then `commit`; `ids` grows, and is complete after `finish`."""
 
     def __init__(self, kind: "pb.PromptKind", around: "tuple[array[int], array[int]]", worker: PromptWorker,
-                 bodies: BodyReader, n_ctx: int, max_output_tokens: int) -> None:
+                 bodies: BodyReader, tenant: str, n_ctx: int, max_output_tokens: int) -> None:
         """`n_ctx`, `max_output_tokens`: what the prompt must fit."""
         self.received = 0
         """Bytes."""
@@ -39,7 +39,7 @@ class Upload:
         self._is_text = kind == pb.PROMPT_KIND_TEXT
         self._before, self._after = around if self._is_text else (array("I"), array("I"))
         self.ids = array("I", self._before)
-        self._worker, self._bodies = worker, bodies
+        self._worker, self._bodies, self._tenant = worker, bodies, tenant
         self._n_ctx, self._max_output_tokens = n_ctx, max_output_tokens
         self._hash = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -97,7 +97,7 @@ class Upload:
             if len(self._text) - self._tokenized < self._worth and not final:
                 return
             tail, _ = codecs.utf_8_decode(self._text[self._tokenized:], "strict", final)
-            ids, cut = await self._worker.encode_part(tail, final=final)
+            ids, cut = await self._worker.encode_part(tail, final=final, tenant=self._tenant)
             self._tokenized += len(tail[:cut].encode())
             waiting = len(self._text) - self._tokenized
             if waiting > MAX_TAIL:

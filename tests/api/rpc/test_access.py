@@ -1,6 +1,5 @@
 """Who may call what, and over which connections."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,10 +100,6 @@ def models(channel: grpc.Channel) -> list[str]:
     return [model.name for model in answer.models]
 
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with `openssl`")
-
-
-@needs_openssl
 def test_calls_over_tls(start_server: Start, files: Files) -> None:
     server = start_server(grpc_port=0, **files.flags())
     with secure(server, files) as channel:
@@ -117,7 +112,6 @@ def test_calls_over_tls(start_server: Start, files: Files) -> None:
         assert refusal(lambda: models(channel)).code is grpc.StatusCode.UNAVAILABLE
 
 
-@needs_openssl
 def test_clients_show_certificates(start_server: Start, files: Files) -> None:
     server = start_server(grpc_port=0, **files.flags(tls_client_ca=files.root))
     for shown in (None, files.stranger):

@@ -297,3 +297,12 @@ def test_a_client_that_may_be_gone_for_a_while_may_be_silent_for_as_long(server:
             assert text_of(new.rest()) == "ab"
         assert text_of(old.rest()) == "ab"
     cancel(stub, "one")
+
+
+def test_who_took_over_and_went_leaves_no_one_waiting(server: RunningServer, stub: Stub) -> None:
+    """The connection before still reads, but brings nothing any more."""
+    with Call(stub, text_open(request_id="one", keep=seconds(0.5)), chunk(b"ab")) as old:
+        eventually(lambda: [s.upload.received for s in server.server.rpc.sessions] == [2])  # type: ignore
+        with Call(stub, resume("one", 1)) as new:
+            assert new.accepted.received_bytes == 2
+        assert old.refusal().reason == "body_idle_timeout"

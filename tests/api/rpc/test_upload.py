@@ -31,11 +31,11 @@ class Worker(ByteTokenizer):
         self.slowness, self.wrong = slowness, wrong
         self.jobs = 0
 
-    async def encode_part(self, text: str, *, final: bool) -> "tuple[array[int], int]":  # type: ignore[override]
+    async def encode_part(self, text: str, *, final: bool, tenant: str = "") -> "tuple[array[int], int]":  # type: ignore[override]
         self.jobs += 1
         for _ in range(self.slowness):
             await asyncio.sleep(0)
-        return super().encode_part(text, final=final)
+        return super().encode_part(text, final=final, tenant=tenant)
 
     async def encode_at_once(self, text: str) -> "array[int]":  # type: ignore[override]
         return super().encode_at_once(text) + array("I", [7] * self.wrong)
@@ -44,7 +44,7 @@ class Worker(ByteTokenizer):
 def make(worker: Worker | None = None, kind: "pb.PromptKind" = pb.PROMPT_KIND_TEXT, n_ctx: int = 1 << 20,
          bodies: BodyReader | None = None) -> Upload:
     return Upload(kind, (array("I", [1]), array("I", [2])), cast(PromptWorker, worker or Worker()),
-                  bodies or BodyReader(ServerConfig()), n_ctx, 1)
+                  bodies or BodyReader(ServerConfig()), "acme", n_ctx, 1)
 
 
 def chunk(data: bytes, offset: int) -> pb.PromptChunk:
