@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,8 @@ def test_greedy_takes_the_best(seed: int) -> None:
 @given(st.integers(0, 999), st.integers(0, 10**6), st.sampled_from([1e-300, 1e-40, 1e-6, 1e-3]))
 def test_a_tiny_temperature_is_greedy_and_not_nan(logits_seed: int, seed: int, temperature: float) -> None:
     logits = logits_of(logits_seed)
+    best, second = logits.topk(2).values.tolist()
+    assume(best - second > 50 * temperature)  # else the second is a fair draw now and then
     assert one(logits, row(seed=seed, temperature=temperature)) == int(logits.argmax())
 
 
