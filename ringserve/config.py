@@ -11,6 +11,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 RingMode = Literal["auto", "pass-kv", "pass-q"]
 PolicyName = Literal["fcfs", "edf", "slack", "slack-floor", "srpt"]
 TransportName = Literal["auto", "shm", "gloo", "nccl"]
+AttentionName = Literal["auto", "native", "torch"]
+KVCacheDtype = Literal["auto", "int8", "fp8"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -53,6 +55,10 @@ class ModelConfig:
     """Rotary scaling as JSON, in transformers' words, to extend the context on request, for example
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}."""
 
+    attention: AttentionName = "auto"
+    """Which attention kernel computes on CPUs: the native one, compiled for this machine at first use, torch's
+    operations, or whichever a short race at start finds faster."""
+
     def __post_init__(self) -> None:
         check_types(self)
         _require(bool(self.model), "the model must be a directory or `needle`, got an empty name")
@@ -67,6 +73,10 @@ class CacheConfig:
 
     prefix_cache: bool = True
     """Keep the blocks of ended requests for later ones that begin with the same tokens."""
+
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """Number format of cached keys and values: `auto` is the model's; int8 and fp8 (e4m3) take half the memory and
+    half the bytes on the ring of bfloat16, and cost exactness (`ringserve selftest` says how much)."""
 
     kv_cache_gib: float | None = None
     """GiB of KV cache over all ranks. Unset: 60% of the memory that is free after loading."""

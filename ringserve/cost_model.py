@@ -78,7 +78,7 @@ def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Mac
 
 def key_bytes(group: LayerGroup, machine: Machine) -> float:
     """Of one token's key and value in one layer."""
-    return group.num_kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
+    return group.key_bytes or group.num_kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
 
 
 def query_bytes(group: LayerGroup, machine: Machine) -> float:

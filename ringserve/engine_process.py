@@ -125,7 +125,8 @@ class EngineProcess:
         self._executor.load(config, setup.checkpoint, checkpoint.dtype)
         learned = learned_path(
             setup.checkpoint, checkpoint.architecture, checkpoint.dtype, str(checkpoint.weight_bytes),
-            str(config.ring.ring_size), placement.transport, str(placement.threads), *placement.devices)
+            str(config.ring.ring_size), placement.transport, str(placement.threads), *placement.devices,
+            *self._executor.kernels, config.cache.kv_cache_dtype)
         self._engine = LLMEngine(config, self._executor, checkpoint.max_model_len, checkpoint.vocab_size,
                                  checkpoint.element_bytes, learned)
         machine = self._engine.machine

@@ -110,7 +110,11 @@ class LocalExecutor:
         self.groups = first.groups
         self.kv_bytes_per_token = first.kv_bytes_per_token
         self.linear_flops_per_token = first.linear_flops_per_token
-        self.attention = first.attention
+        self._native = [all(wishes) for wishes in zip(*(rank.native for rank in loaded))]
+        self.kernels = ["native" if native else "torch" for native in self._native]
+        # What stands in the way of one rank stands in the way of all.
+        against = next((rank for rank in loaded if rank.native != first.native and not all(rank.native)), first)
+        self.attention = against.attention
         self._message_bytes = first.message_bytes
 
     @property
@@ -126,7 +130,8 @@ class LocalExecutor:
 
             reset_region(self._region, self.ring_size, self._message_bytes, self.epoch)
         for rank, process in enumerate(self._ranks):
-            self._send(rank, process, AllocateCache(slots=slots, epoch=self.epoch, message_bytes=self._message_bytes))
+            self._send(rank, process, AllocateCache(
+                slots=slots, epoch=self.epoch, message_bytes=self._message_bytes, native=self._native))
         return self._collect(CacheReady, self._timeout_s)
 
     def free_bytes(self) -> list[int]:

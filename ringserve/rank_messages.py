@@ -33,8 +33,10 @@ class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     linear_flops_per_token: float
     message_bytes: int
     """Of the largest message of the ring."""
+    native: list[bool]
+    """[groups] whether this rank would compute a group with the native kernel, in whose layout its keys then lie."""
     attention: list[str]
-    """Which attention path serves which kind of work."""
+    """[groups] which kernel serves a group of layers, and why."""
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -43,6 +45,8 @@ class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slots: int
     epoch: int
     message_bytes: int
+    native: list[bool]
+    """[groups] the same on all ranks: keys travel as they lie."""
 
 
 class CacheReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ringserve.channel import Channel, Inbox, exit_now
 from ringserve.errors import RingserveError
-from ringserve.plan import SchedulerOutput
+from ringserve.plan import LayerGroup, SchedulerOutput
 from ringserve.rank_messages import (
     AllocateCache,
     CacheReady,
@@ -60,10 +60,8 @@ class RankProcess:
 
     def _load(self, setup: RankSetup) -> None:
         import torch
-        from ringserve_kernels import backend
 
         from ringserve.model.checkpoint import read_checkpoint
-        from ringserve.model.kv_cache import key_bytes
         from ringserve.model.loading import load_checked
         from ringserve.model.runner import ModelRunner
 
@@ -75,25 +73,24 @@ class RankProcess:
             torch.cuda.set_device(device)
         config = setup.config
         model, layers = load_checked(read_checkpoint(replace(config.model, model=setup.checkpoint)), device, dtype)
-        self._runner = runner = ModelRunner(model, layers, block_size=config.cache.block_size,
-                                   segment=config.ring.ring_segment, device=device, dtype=dtype)
-        specs = [layer.spec for layer in layers]
+        self._runner = runner = ModelRunner(
+            model, layers, block_size=config.cache.block_size, segment=config.ring.ring_segment, device=device,
+            dtype=dtype, attention=config.model.attention, kv_cache_dtype=config.cache.kv_cache_dtype)
         linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
         self._control.send(RankLoaded(
             rank=setup.rank, groups=runner.groups,
-            kv_bytes_per_token=key_bytes(specs, dtype),
+            kv_bytes_per_token=sum(len(group.layers) * group.key_bytes for group in runner.groups),
             linear_flops_per_token=2.0 * linear,
-            message_bytes=max(self._message_bytes(s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, dtype.itemsize)
-                              for s in specs),
-            attention=sorted({f"{kind}: {backend(s, device, dtype, masked)}" for s in specs
-                              for kind, masked in (("dense past", False), ("masked frontier", True))})))
+            message_bytes=max(self._message_bytes(group, dtype.itemsize) for group in runner.groups),
+            native=[choice.layout is not None for choice in runner.choices],
+            attention=[f"{_describe(group)}: {choice.words}" for group, choice in zip(runner.groups, runner.choices)]))
 
-    def _message_bytes(self, heads: int, kv_heads: int, key_dim: int, value_dim: int, element: int) -> int:
+    def _message_bytes(self, group: LayerGroup, element: int) -> int:
         """The largest of: a segment of keys, or copied blocks of as many; a chunk's queries; its partial results."""
         config = self._setup.config
-        segment = max(config.ring.ring_segment, config.cache.block_size) * kv_heads * (key_dim + value_dim) * element
-        rows = config.scheduler.max_chunk_tokens * heads
-        return max(segment, rows * key_dim * element, rows * (value_dim + 1) * max(4, element))
+        segment = max(config.ring.ring_segment, config.cache.block_size) * group.key_bytes
+        rows = config.scheduler.max_chunk_tokens * group.num_heads
+        return max(segment, rows * group.key_dim * element, rows * (group.value_dim + 1) * max(4, element))
 
     def _main(self, message: ToRank) -> None:
         if isinstance(message, RankSetup):
@@ -117,7 +114,7 @@ class RankProcess:
 
         runner.ring.close()
         ring = self._connect(order, runner.device)
-        runner.allocate(order.slots, ring)
+        runner.allocate(order.slots, ring, order.native)
         self._control.send(CacheReady(
             rank=self._rank, attention_flops=attention_flops(runner),
             link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes)))
@@ -144,6 +141,12 @@ class RankProcess:
 
         return RingGroup(NcclTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,
                                        device=device, timeout_s=timeout))
+
+
+def _describe(group: LayerGroup) -> str:
+    window = "" if group.window is None else f", window {group.window}"
+    heads = f"{group.num_heads} heads of {group.key_dim} on {group.num_kv_heads}"
+    return f"{len(group.layers)} layer{'s' * (len(group.layers) > 1)} ({heads}{window})"
 
 
 def main() -> None:

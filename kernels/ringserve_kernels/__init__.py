@@ -4,8 +4,12 @@ Pure tensor functions: no requests, no scheduler, no transport. Layouts are writ
 the top of each file; `lse` is natural logarithm, fp32, -inf where a row sees no key, and `o` is 0 there.
 """
 
-from ringserve_kernels.attend import KeyValues, attend
+from ringserve_kernels.attend import attend
 from ringserve_kernels.attention_plan import AttentionPlan, KeyBlocks, RowSpan, plan_attention
+from ringserve_kernels.case import Case
+from ringserve_kernels.choice import Choice, choose
+from ringserve_kernels.errors import ArgumentError, KernelUnavailable
+from ringserve_kernels.key_values import KeyValues, NativeLayout
 from ringserve_kernels.merge import merge_attention_states, merge_rows, merge_sink, new_state
 from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.ring import Ring, Ticket
@@ -16,7 +20,8 @@ from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import attend_tile, backend
 
 __all__ = [
-    "AttentionPlan", "AttentionSpec", "KeyBlocks", "KeyValues", "Message", "Ring", "RingPlan", "RingSequence",
-    "Rounds", "RowSpan", "Ticket", "attend", "attend_tile", "backend", "merge_attention_states", "merge_rows",
-    "merge_sink", "new_state", "plan_attention", "plan_ring", "reference_attention", "ring_attention",
+    "ArgumentError", "AttentionPlan", "AttentionSpec", "Case", "Choice", "KernelUnavailable", "KeyBlocks", "KeyValues",
+    "Message", "NativeLayout", "Ring", "RingPlan", "RingSequence", "Rounds", "RowSpan", "Ticket", "attend",
+    "attend_tile", "backend", "choose", "merge_attention_states", "merge_rows", "merge_sink", "new_state",
+    "plan_attention", "plan_ring", "reference_attention", "ring_attention",
 ]

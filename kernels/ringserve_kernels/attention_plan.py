@@ -1,6 +1,7 @@
-"""AttentionPlan: how a rank's attention of one step is cut into tiles. Built once per step, used by every layer.
+"""AttentionPlan: a rank's attention of one step, and how it is cut into tiles. Built once per step, for every layer.
 
-All decisions are made here, on the host, from token indices alone:
+The native kernel reads rows and blocks as they are (`table`). For torch's operations all decisions are made here
+(`tiles`), on the host, from token indices alone:
 
     keys of one sequence on this rank, by index        rows of the chunk: r0 .. r1
     [ past: at or before r0            ][ frontier: r0 .. r1 ]
@@ -20,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringserve_kernels.errors import require
 from ringserve_kernels.merge import Rows
+from ringserve_kernels.plan_table import PlanTable
 
 Ints = NDArray[np.int64]
 
@@ -139,10 +142,44 @@ class GatheredTiles:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    rows: int
+class Tiles:
     dense: list[DenseTile]
     gathered: list[GatheredTiles]
+
+
+@dataclass(frozen=True)  # without slots: the forms below are made when a kernel asks for them
+class AttentionPlan:
+    rows: int
+    """Of q."""
+    sequences: list[tuple[RowSpan, KeyBlocks]]
+    """Rows, and the blocks of which they may see a key; neither is empty."""
+    window: int | None
+    device: torch.device
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences
+
+    @cached_property
+    def storage_tokens(self) -> int:
+        """Tokens that the storage must have at least."""
+        return max((int((blocks.offset + blocks.length).max()) for _, blocks in self.sequences), default=0)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """For operations that know one rectangle of rows and keys, or a mask."""
+        return _cut(self)
+
+    @cached_property
+    def tables(self) -> dict[int, PlanTable]:
+        return {}
+
+    def table(self, block: int) -> PlanTable:
+        """For kernels that read a storage in blocks of so many tokens. Raises ArgumentError when a block of the plan
+        does not begin with a block of the storage or is longer."""
+        if block not in self.tables:
+            self.tables[block] = _tabulate(self, block)
+        return self.tables[block]
 
 
 @dataclass(slots=True)
@@ -155,17 +192,38 @@ class _Tile:
 
 def plan_attention(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], window: int | None,
                    device: torch.device | None = None) -> AttentionPlan:
-    """Cut the attention of a ragged batch into tiles. `rows` is the number of rows of q."""
+    """The attention of a ragged batch. `rows` is the number of rows of q."""
+    reaching = [(span, blocks.in_reach(span.index, window)) for span, blocks in sequences]
+    return AttentionPlan(rows, [(span, blocks) for span, blocks in reaching if len(blocks)], window,
+                         device or torch.device("cpu"))
+
+
+def _tabulate(plan: AttentionPlan, block: int) -> PlanTable:
+    spans, blocks = [s for s, _ in plan.sequences], [b for _, b in plan.sequences]
+    counts = np.array([len(s.index) for s in spans], dtype=np.int64)
+    offset, length = _joined([b.offset for b in blocks]), _joined([b.length for b in blocks])
+    require(not (offset % block).any(), "offset", offset[:8], f"a multiple of the block's {block} tokens")
+    require(not ((length < 1) | (length > block)).any(), "length", length[:8], f"in 1 to {block} tokens")
+    return PlanTable(
+        row_start=np.array([s.start for s in spans], dtype=np.int64), row_count=counts,
+        index_start=np.cumsum(counts) - counts, row_index=_joined([s.index for s in spans]),
+        block_start=np.cumsum([0, *(len(b) for b in blocks)], dtype=np.int64),
+        first=_joined([b.first for b in blocks]), length=length, place=offset // block)
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    return np.ascontiguousarray(np.concatenate(parts), dtype=np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _cut(plan: AttentionPlan) -> Tiles:
     dense: list[DenseTile] = []
     tiles: list[_Tile] = []
-    for span, blocks in sequences:
-        reach = blocks.in_reach(span.index, window)
-        if len(reach):
-            if window is not None and span.index[-1] - reach.first[0] >= window:
-                tiles.extend(_window_tiles(span, reach, window))
-            else:
-                _causal_tiles(span, reach, dense, tiles)
-    return AttentionPlan(rows, dense, _batch(tiles, window, device or torch.device("cpu")))
+    for span, blocks in plan.sequences:
+        if plan.window is not None and span.index[-1] - blocks.first[0] >= plan.window:
+            tiles.extend(_window_tiles(span, blocks, plan.window))
+        else:
+            _causal_tiles(span, blocks, dense, tiles)
+    return Tiles(dense, _batch(tiles, plan.window, plan.device))
 
 
 def _causal_tiles(span: RowSpan, blocks: KeyBlocks, dense: list[DenseTile], tiles: list[_Tile]) -> None:

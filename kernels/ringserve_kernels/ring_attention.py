@@ -9,7 +9,8 @@ with two query shifts and three segments (> posts, < waits for):
 import torch
 from torch import Tensor
 
-from ringserve_kernels.attend import KeyValues, attend
+from ringserve_kernels.attend import attend
+from ringserve_kernels.key_values import KeyValues
 from ringserve_kernels.merge import merge_rows, merge_sink
 from ringserve_kernels.ring import Ring
 from ringserve_kernels.ring_plan import QueryExchange, RingPlan, SegmentExchange
@@ -61,11 +62,11 @@ def _query_message(q_THD: Tensor, exchange: QueryExchange, spec: AttentionSpec) 
 
 def _segment_message(keys: KeyValues, exchange: SegmentExchange) -> Message:
     def fill(buffer: Tensor) -> None:
-        out = keys.laid_over(buffer)
+        parts = list(zip(keys.laid_over(buffer).parts, keys.parts))
         place = 0
         for offset, length in exchange.send_runs:
-            out.k_KPD[:, place:place + length] = keys.k_KPD[:, offset:offset + length]
-            out.v_KPD[:, place:place + length] = keys.v_KPD[:, offset:offset + length]
+            for out_KPD, own_KPD in parts:
+                out_KPD[:, place:place + length] = own_KPD[:, offset:offset + length]
             place += length
 
     return Message(exchange.shift, exchange.send_count * keys.token_bytes, fill,

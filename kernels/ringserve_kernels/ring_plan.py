@@ -19,6 +19,7 @@ import torch
 
 from ringserve_kernels.attention_plan import (
     AttentionPlan,
+    Ints,
     KeyBlocks,
     RowSpan,
     plan_attention,
@@ -71,16 +72,18 @@ class RingPlan:
 
 
 def plan_ring(rank: int, size: int, sequences: Sequence[RingSequence], window: int | None, segment: int,
-              device: torch.device | None = None) -> RingPlan:
-    """Plan one rank's part of a step. `segment` is the most tokens of keys in one message."""
+              device: torch.device | None = None, granule: int = 1) -> RingPlan:
+    """Plan one rank's part of a step. `segment` is the most tokens of keys in one message; a message carries each
+    block filled up to a multiple of `granule` tokens, as `KeyValues.granule` wants it."""
     rows = sum(len(s.spans[rank].index) for s in sequences)
     local = plan_attention(rows, ((s.spans[rank], s.keys[rank]) for s in sequences), window, device)
     shifts = range(1, size)
     queries = [_query_exchange(rank, size, h, sequences, window, device) for h in shifts]
-    outgoing = [_segments(rank, (rank + h) % size, sequences, window, segment) for h in shifts]
-    incoming = [_segments((rank - h) % size, rank, sequences, window, segment) for h in shifts]
+    outgoing = [_segments(rank, (rank + h) % size, sequences, window, segment, granule) for h in shifts]
+    incoming = [_segments((rank - h) % size, rank, sequences, window, segment, granule) for h in shifts]
     segments = [
-        _segment_exchange(h, _nth(outgoing[h - 1], i), _nth(incoming[h - 1], i), rows, rank, sequences, window, device)
+        _segment_exchange(h, _nth(outgoing[h - 1], i), _nth(incoming[h - 1], i), rows, rank, sequences, window, device,
+                          granule)
         for i in range(max((len(part) for part in outgoing + incoming), default=0)) for h in shifts]
     return RingPlan(local, [q for q in queries if q.send_count or q.receive_count],
                     [s for s in segments if s.send_count or s.receive_count])
@@ -117,8 +120,13 @@ _Piece = tuple[int, KeyBlocks]
 """(number of the sequence, blocks): part of a segment."""
 
 
+def _filled(blocks: KeyBlocks, granule: int) -> Ints:
+    """What each block takes in a message, in tokens."""
+    return blocks.length if granule == 1 else -(-blocks.length // granule) * granule
+
+
 def _segments(source: int, to: int, sequences: Sequence[RingSequence], window: int | None,
-              segment: int) -> list[list[_Piece]]:
+              segment: int, granule: int) -> list[list[_Piece]]:
     """What `source` sends to `to`, cut into messages of at most `segment` tokens."""
     messages: list[list[_Piece]] = []
     room = 0
@@ -127,13 +135,13 @@ def _segments(source: int, to: int, sequences: Sequence[RingSequence], window: i
             continue
         blocks = sequence.keys[source].in_reach(sequence.spans[to].index, window)
         while len(blocks):
-            if room < blocks.length[0]:
+            filled = _filled(blocks, granule)
+            if room < filled[0]:
                 messages.append([])
-                room = max(segment, int(blocks.length[0]))
-            fits = int(np.searchsorted(np.cumsum(blocks.length), room, side="right"))
-            taken = blocks.take(slice(0, fits))
-            messages[-1].append((number, taken))
-            room -= taken.tokens
+                room = max(segment, int(filled[0]))
+            fits = int(np.searchsorted(np.cumsum(filled), room, side="right"))
+            messages[-1].append((number, blocks.take(slice(0, fits))))
+            room -= int(filled[:fits].sum())
             blocks = blocks.take(slice(fits, None))
     return messages
 
@@ -144,15 +152,16 @@ def _nth(messages: list[list[_Piece]], i: int) -> list[_Piece]:
 
 def _segment_exchange(shift: int, sent: list[_Piece], received: list[_Piece], rows: int, rank: int,
                       sequences: Sequence[RingSequence], window: int | None,
-                      device: torch.device | None) -> SegmentExchange:
+                      device: torch.device | None, granule: int) -> SegmentExchange:
     """In the message, the received blocks lie one after the other: their offsets are their places in it."""
     arrived: list[tuple[RowSpan, KeyBlocks]] = []
     count = 0
     for number, blocks in received:
-        ends = count + np.cumsum(blocks.length)
-        arrived.append((sequences[number].spans[rank],
-                        KeyBlocks(blocks.first, blocks.length, ends - blocks.length)))
-        count += blocks.tokens
-    return SegmentExchange(shift, [run for _, blocks in sent for run in blocks.runs()],
-                           sum(blocks.tokens for _, blocks in sent), count,
+        filled = _filled(blocks, granule)
+        ends = count + np.cumsum(filled)
+        arrived.append((sequences[number].spans[rank], KeyBlocks(blocks.first, blocks.length, ends - filled)))
+        count += int(filled.sum())
+    whole = [KeyBlocks(blocks.first, _filled(blocks, granule), blocks.offset) for _, blocks in sent]
+    return SegmentExchange(shift, [run for blocks in whole for run in blocks.runs()],
+                           sum(blocks.tokens for blocks in whole), count,
                            plan_attention(rows, arrived, window, device))

@@ -55,21 +55,17 @@ def copy_blocks(copies: Sequence[BlockCopy], layers: Sequence[KeyValues], group_
     rounds = Rounds(ring, [_message(layer, shift, send, len(receive), block_size)
                            for layer, shift, send, receive in turns])
     for message, (layer, _, _, receive) in zip(rounds, turns):
-        for pool_KPD, arrived_KPD in _pairs(layer, layer.laid_over(message)):
+        for pool_KPD, arrived_KPD in zip(layer.parts, layer.laid_over(message).parts):
             _blocks(pool_KPD, block_size).index_copy_(1, receive, _blocks(arrived_KPD, block_size))
 
 
 def _message(layer: KeyValues, shift: int, send_N: Tensor, receive_count: int, block_size: int) -> Message:
     def fill(buffer: Tensor) -> None:
-        for pool_KPD, out_KPD in _pairs(layer, layer.laid_over(buffer)):
+        for pool_KPD, out_KPD in zip(layer.parts, layer.laid_over(buffer).parts):
             torch.index_select(_blocks(pool_KPD, block_size), 1, send_N, out=_blocks(out_KPD, block_size))
 
     block_bytes = block_size * layer.token_bytes
     return Message(shift, len(send_N) * block_bytes, fill, receive_count * block_bytes)
-
-
-def _pairs(pool: KeyValues, message: KeyValues) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return (pool.k_KPD, message.k_KPD), (pool.v_KPD, message.v_KPD)
 
 
 def _blocks(tokens_KPD: Tensor, block_size: int) -> Tensor:

@@ -8,27 +8,41 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from ringserve_kernels import AttentionSpec, KeyValues
+from ringserve_kernels import AttentionSpec, KeyValues, NativeLayout
 from torch import Tensor
 
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What `kv_cache_dtype` says, but for `auto`: the model's own number format."""
+SCALE_BYTES = 4
 
-def key_bytes(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    return sum(s.num_kv_heads * (s.key_dim + s.value_dim) * dtype.itemsize for s in specs)
+
+def key_bytes(spec: AttentionSpec, dtype: torch.dtype) -> int:
+    """Bytes of one token's key and value in one layer, stored as `dtype`."""
+    scales = 2 * SCALE_BYTES if dtype in STORED.values() else 0
+    return spec.num_kv_heads * ((spec.key_dim + spec.value_dim) * dtype.itemsize + scales)
 
 
 class KVCache:
-    def __init__(self, specs: Sequence[AttentionSpec], slots: int, block_size: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
-        tokens = slots * block_size
-        self.layers = [
-            KeyValues(_lazy_zeros((s.num_kv_heads, tokens, s.key_dim), dtype, device),
-                      _lazy_zeros((s.num_kv_heads, tokens, s.value_dim), dtype, device)) for s in specs]
+    def __init__(self, specs: Sequence[AttentionSpec], layouts: Sequence[NativeLayout | None], slots: int,
+                 block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """`dtype` is what numbers are stored as; `layouts` how each layer's blocks lie."""
+        self.layers = [_storage(spec, layout, slots * block_size, dtype, device)
+                       for spec, layout in zip(specs, layouts)]
 
     def write(self, layer: int, k_KTD: Tensor, v_KTD: Tensor, where_T: Tensor) -> None:
         """Store the step's keys and values at these token offsets of the pool."""
-        self.layers[layer].k_KPD.index_copy_(1, where_T, k_KTD)
-        self.layers[layer].v_KPD.index_copy_(1, where_T, v_KTD)
+        self.layers[layer].write(k_KTD, v_KTD, where_T)
+
+
+def _storage(spec: AttentionSpec, layout: NativeLayout | None, tokens: int, dtype: torch.dtype,
+             device: torch.device) -> KeyValues:
+    heads = spec.num_kv_heads
+    k, v = (_lazy_zeros((heads, tokens, dim), dtype, device) for dim in (spec.key_dim, spec.value_dim))
+    scales = None
+    if dtype in STORED.values():
+        scales = (_lazy_zeros((heads, tokens), torch.float32, device),
+                  _lazy_zeros((heads, tokens), torch.float32, device))
+    return KeyValues(k, v, scales, layout)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 import time
 
 import torch
-from ringserve_kernels import attend_tile
+from ringserve_kernels import Case
 
 from ringserve.model.runner import ModelRunner
 from ringserve.ring.group import RingGroup
@@ -14,19 +14,17 @@ ROUNDS = 3
 
 
 def attention_flops(runner: ModelRunner) -> float:
-    """FLOP/s of a dense tile of the model's widest-seeing layer."""
-    spec = max((layer.spec for layer in runner.layers), key=lambda s: s.window or 1 << 62)
-    q, k, v = (torch.randn(1, heads, tokens, dim, dtype=runner.dtype, device=runner.device)
-               for heads, tokens, dim in ((spec.num_heads, PROBE_ROWS, spec.key_dim),
-                                          (spec.num_kv_heads, PROBE_KEYS, spec.key_dim),
-                                          (spec.num_kv_heads, PROBE_KEYS, spec.value_dim)))
+    """FLOP/s of a chunk's attention in the model's widest-seeing layer."""
+    number, spec = max(enumerate(layer.spec for layer in runner.layers), key=lambda s: s[1].window or 1 << 62)
+    case = Case(spec, runner.dtype, PROBE_ROWS, PROBE_KEYS, runner.block_size, runner.device)
+    run = case.run(runner.layout_of(number))
     best = float("inf")
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        o, _ = attend_tile(q, k, v, spec)
+        o, _ = run()
         float(o.sum())  # waits for a device
         best = min(best, time.perf_counter() - started)
-    return 2.0 * spec.num_heads * PROBE_ROWS * PROBE_KEYS * (spec.key_dim + spec.value_dim) / best
+    return case.flops / best
 
 
 def link_bytes_per_s(ring: RingGroup, epoch: int, largest_message: int) -> float:

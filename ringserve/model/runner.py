@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 
 import torch
-from ringserve_kernels import RingPlan, plan_ring, ring_attention
+from ringserve_kernels import KernelUnavailable, NativeLayout, RingPlan, choose, plan_ring, ring_attention
 from torch import Tensor, nn
 
+from ringserve.config import AttentionName, KVCacheDtype
+from ringserve.errors import ConfigError
 from ringserve.model.copies import copy_blocks
-from ringserve.model.kv_cache import KVCache
+from ringserve.model.kv_cache import STORED, KVCache, key_bytes
 from ringserve.model.layers import AttentionLayer, forward
 from ringserve.model.sampler import SampleInput, sample
 from ringserve.model.tables import StepRows, Tables
@@ -17,13 +19,13 @@ from ringserve.plan import LayerGroup, RankOutput, RankTimes, RowLogits, Sampled
 from ringserve.ring.group import RingGroup
 
 
-def layer_groups(layers: Sequence[AttentionLayer]) -> list[LayerGroup]:
-    """Layers by window and cache shape, in the order in which they first appear."""
+def layer_groups(layers: Sequence[AttentionLayer], stored: torch.dtype) -> list[LayerGroup]:
+    """Layers by window and cache shape, in the order in which they first appear; `stored`: what keys are kept as."""
     members: dict[tuple[object, ...], list[int]] = {}
     for number, layer in enumerate(layers):
         members.setdefault((layer.spec.cache_shape, layer.spec.window, layer.spec.num_heads), []).append(number)
     return [LayerGroup(num_kv_heads=s.num_kv_heads, key_dim=s.key_dim, value_dim=s.value_dim, window=s.window,
-                       layers=tuple(numbers), num_heads=s.num_heads)
+                       layers=tuple(numbers), num_heads=s.num_heads, key_bytes=key_bytes(s, stored))
             for numbers in members.values() for s in [layers[numbers[0]].spec]]
 
 
@@ -50,35 +52,53 @@ class StepAttention:
 
 class ModelRunner:
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer], *, block_size: int, segment: int,
-                 device: torch.device, dtype: torch.dtype) -> None:
+                 device: torch.device, dtype: torch.dtype, attention: AttentionName = "auto",
+                 kv_cache_dtype: KVCacheDtype = "auto") -> None:
+        """Raises ConfigError when the attention kernel that is asked for cannot be used."""
         self.model, self.layers, self.device, self.dtype = model, layers, device, dtype
-        self.groups = layer_groups(layers)
+        self._stored = STORED.get(kv_cache_dtype, dtype)
+        self.groups = layer_groups(layers, self._stored)
         self._group_of = [next(g for g, group in enumerate(self.groups) if i in group.layers)
                           for i in range(len(layers))]
-        self._block_size, self._segment = block_size, segment
+        try:
+            self.choices = [choose(layers[group.layers[0]].spec, dtype, device, block_size, attention)
+                            for group in self.groups]
+        except KernelUnavailable as error:
+            raise ConfigError(str(error)) from None
+        self._layouts = [choice.layout for choice in self.choices]
+        self.block_size, self._segment = block_size, segment
         self._ring = RingGroup(None)
 
     @property
     def ring(self) -> RingGroup:
         return self._ring
 
-    def allocate(self, slots: int, ring: RingGroup) -> None:
-        """A fresh cache and empty tables, on this ring."""
+    def layout_of(self, layer: int) -> NativeLayout | None:
+        """How a layer's keys lie in the cache."""
+        return self._layouts[self._group_of[layer]]
+
+    def allocate(self, slots: int, ring: RingGroup, native: Sequence[bool] | None = None) -> None:
+        """A fresh cache and empty tables, on this ring. `native` [groups]: which groups all its ranks compute with the
+        native kernel; keys travel as they lie, so they must agree."""
         self._ring = ring
-        self._tables = Tables(ring.rank, ring.size, len(self.groups), self._block_size)
-        self._cache = KVCache([layer.spec for layer in self.layers], slots, self._block_size, self.dtype, self.device)
+        if native is not None:
+            self._layouts = [choice.layout if wanted else None for choice, wanted in zip(self.choices, native)]
+        self._tables = Tables(ring.rank, ring.size, len(self.groups), self.block_size)
+        self._cache = KVCache([layer.spec for layer in self.layers], [self._layouts[g] for g in self._group_of], slots,
+                              self.block_size, self._stored, self.device)
 
     def execute(self, plan: SchedulerOutput) -> RankOutput:
         """Copy blocks as the plan says, compute this rank's rows of it, and report."""
         started = time.perf_counter()
         self._ring.reset_statistics()
         self._ring.begin_step(plan.step, plan.epoch)
-        copy_blocks(plan.copies, self._cache.layers, self._group_of, self._block_size,
-                    max(1, self._segment // self._block_size), self._ring)
+        copy_blocks(plan.copies, self._cache.layers, self._group_of, self.block_size,
+                    max(1, self._segment // self.block_size), self._ring)
         copies_wait_s = self._ring.statistics().wait_s
         rows = self._tables.apply(plan)
         plans = [plan_ring(self._ring.rank, self._ring.size, rows.sequences[g], group.window, self._segment,
-                           self.device) for g, group in enumerate(self.groups)]
+                           self.device, self._cache.layers[group.layers[0]].granule)
+                 for g, group in enumerate(self.groups)]
         step = StepAttention(self.layers, self._group_of, self._cache, self._ring, plans,
                              [torch.from_numpy(offsets).to(self.device) for offsets in rows.write_at])
         sampled: list[SampledTokens] = []

@@ -10,9 +10,9 @@ Counts = NDArray[np.int64]
 def covered(plan: AttentionPlan, tokens: int) -> Counts:
     """[rows, tokens of the storage]: how often each pair is attended."""
     counts = np.zeros((plan.rows, tokens), dtype=np.int64)
-    for tile in plan.dense:
+    for tile in plan.tiles.dense:
         counts[tile.row_start:tile.row_stop, tile.key_start:tile.key_stop] += 1
-    for tiles in plan.gathered:
+    for tiles in plan.tiles.gathered:
         n, t = tiles.rows_NT.shape
         valid = np.zeros(n * t, dtype=bool)
         valid[tiles.valid.numpy()] = True

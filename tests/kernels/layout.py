@@ -14,8 +14,10 @@ from ringserve_kernels import (
     reference_attention,
     ring_attention,
 )
+from ringserve_kernels.quantize import dequantize, quantize
 from torch import Tensor
 
+from tests.kernels.backends import TORCH, Backend
 from tests.kernels.thread_ring import ThreadRing, run_ring
 
 
@@ -33,7 +35,7 @@ class Placed:
         size = len(self.stores)
 
         def work(ring: ThreadRing) -> Tensor:
-            plan = plan_ring(ring.rank, size, self.sequences, spec.window, segment)
+            plan = plan_ring(ring.rank, size, self.sequences, spec.window, segment, granule=self.stores[0].granule)
             return ring_attention(self.queries[ring.rank], self.stores[ring.rank], plan, spec, ring, sink)
 
         return run_ring(size, work)
@@ -42,8 +44,9 @@ class Placed:
 def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pass_q: list[bool],
           block: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32,
           holders: list[list[int]] | None = None, peak: float = 1.0, sink: Tensor | None = None,
-          scatter: bool = False) -> Placed:
-    """`lengths`: (cached, new) tokens per sequence; `holders`: rank of each block, else round-robin."""
+          scatter: bool = False, backend: Backend = TORCH, stored: torch.dtype | None = None) -> Placed:
+    """`lengths`: (cached, new) tokens per sequence; `holders`: rank of each block, else round-robin; `stored`: the
+    format of the keys, if not the queries'."""
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
 
@@ -51,8 +54,15 @@ def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pas
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     slots_needed = sum(-(-(cached + new) // block) for cached, new in lengths) + 2
-    stores = [KeyValues(normal(spec.num_kv_heads, slots_needed * block, spec.key_dim),
-                        normal(spec.num_kv_heads, slots_needed * block, spec.value_dim)) for _ in range(size)]
+
+    def storage() -> KeyValues:
+        k, v = (normal(spec.num_kv_heads, slots_needed * block, dim) for dim in (spec.key_dim, spec.value_dim))
+        if stored is None:
+            return KeyValues(k, v, None, backend.layout(dtype, block))
+        scales = [torch.full(k.shape[:2], torch.nan) for _ in range(2)]
+        return KeyValues(k.to(stored), v.to(stored), (scales[0], scales[1]), backend.layout(dtype, block))
+
+    stores = [storage() for _ in range(size)]
     free = [list(rng.permutation(slots_needed) if scatter else range(slots_needed)) for _ in range(size)]
     queries: list[list[Tensor]] = [[] for _ in range(size)]
     expected: list[list[Tensor]] = [[] for _ in range(size)]
@@ -66,7 +76,8 @@ def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pas
         v = normal(total, spec.num_kv_heads, spec.value_dim) + 0.5
         q = normal(total, spec.num_heads, spec.key_dim) * peak
         index = torch.arange(total)
-        o, _ = reference_attention(q[cached:], k, v, index[cached:], index, spec, sink)
+        kept = [x if stored is None else dequantize(*quantize(x, stored), torch.float64) for x in (k, v)]
+        o, _ = reference_attention(q[cached:], kept[0], kept[1], index[cached:], index, spec, sink)
         spans, keys = [], []
         for rank in range(size):
             mine = [b for b in range(count) if owners[b] == rank]
@@ -81,8 +92,7 @@ def place(lengths: list[tuple[int, int]], size: int, spec: AttentionSpec, *, pas
             expected[rank].append(o[[t - cached for t in rows]])
             for b, slot in zip(mine, slots):
                 stop = min((b + 1) * block, total)
-                place_ = slice(slot * block, slot * block + stop - b * block)
-                stores[rank].k_KPD[:, place_] = k[b * block:stop].transpose(0, 1)
-                stores[rank].v_KPD[:, place_] = v[b * block:stop].transpose(0, 1)
+                where = torch.arange(slot * block, slot * block + stop - b * block)
+                stores[rank].write(k[b * block:stop].transpose(0, 1), v[b * block:stop].transpose(0, 1), where)
         sequences.append(RingSequence(spans, keys, pass_q[number]))
     return Placed(sequences, stores, [torch.cat(q) for q in queries], [torch.cat(o) for o in expected])

@@ -16,7 +16,10 @@ from ringserve_kernels import (
     plan_attention,
     reference_attention,
 )
+from ringserve_kernels.quantize import dequantize, quantize
 from torch import Tensor
+
+from tests.kernels.backends import TORCH, Backend
 
 State = tuple[Tensor, Tensor]
 
@@ -65,19 +68,38 @@ class DealtSequence:
 class Shards:
     """The batch as tensors: one q for all rows, one storage per shard, and what the oracle says."""
 
-    def __init__(self, batch: Batch, spec: AttentionSpec) -> None:
-        self.batch, self.spec = batch, spec
+    def __init__(self, batch: Batch, spec: AttentionSpec, backend: Backend = TORCH,
+                 stored: torch.dtype | None = None) -> None:
+        """`stored`: the keys' format, if not the queries'."""
+        self.batch, self.spec, self.backend, self.stored = batch, spec, backend, stored or batch.dtype
         self._rng = np.random.default_rng(batch.seed)
         self._generator = torch.Generator().manual_seed(batch.seed)
         self._slots = sum(-(-(cached + new) // batch.block) for cached, new in batch.lengths) + 1
         self._free = [list(self._rng.permutation(self._slots) if batch.scatter else range(self._slots))
                       for _ in batch.shares]
-        self.stores = [KeyValues(*(torch.full((spec.num_kv_heads, self._slots * batch.block, dim), torch.nan,
-                                              dtype=batch.dtype) for dim in (spec.key_dim, spec.value_dim)))
-                       for _ in batch.shares]
+        self.stores = [self._poisoned() for _ in batch.shares]
         self.rows = 0
         self.sequences = [self._deal(cached, new) for cached, new in batch.lengths]
         self.q_THD = self._normal(self.rows, spec.num_heads, spec.key_dim) * batch.peak
+
+    def _poisoned(self) -> KeyValues:
+        """A storage in which everything that is not written is NaN."""
+        spec, tokens = self.spec, self._slots * self.batch.block
+        layout = self.backend.layout(self.batch.dtype, self.batch.block)
+        shapes = [(spec.num_kv_heads, tokens, dim) for dim in (spec.key_dim, spec.value_dim)]
+        if self.stored is self.batch.dtype:
+            k, v = (torch.full(shape, torch.nan, dtype=self.stored) for shape in shapes)
+            return KeyValues(k, v, None, layout)
+        k, v = (torch.full(shape, 0x7F, dtype=torch.uint8).view(self.stored) for shape in shapes)
+        scales = [torch.full((spec.num_kv_heads, tokens), torch.nan) for _ in range(2)]
+        return KeyValues(k, v, (scales[0], scales[1]), layout)
+
+    def _kept(self, x_SKD: Tensor) -> Tensor:
+        """What the storage knows of these numbers: the oracle attends to that."""
+        if self.stored is self.batch.dtype:
+            return x_SKD
+        # Torch's operations take numbers in the queries' format; the native kernel applies the scales to the scores.
+        return dequantize(*quantize(x_SKD, self.stored), torch.float64 if self.backend.native else self.batch.dtype)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator, dtype=torch.float64).to(self.batch.dtype)
@@ -95,14 +117,13 @@ class Shards:
             offset = np.array([self._free[shard].pop(0) * size for _ in mine], dtype=np.int64)
             blocks.append(KeyBlocks(first, length, offset))
             index, where = blocks[-1].keys()
-            store.k_KPD[:, where] = k[index].transpose(0, 1)
-            store.v_KPD[:, where] = v[index].transpose(0, 1)
+            store.write(k[index].transpose(0, 1), v[index].transpose(0, 1), torch.from_numpy(where))
         index = np.arange(cached, total)
         if self.batch.sparse_rows:
             index = np.sort(self._rng.choice(index, size=-(-new // 2), replace=False))
         span = RowSpan(self.rows, index.astype(np.int64))
         self.rows += len(index)
-        return DealtSequence(span, blocks, k, v)
+        return DealtSequence(span, blocks, self._kept(k), self._kept(v))
 
     def attend(self, shard: int, into: State | None = None, spec: AttentionSpec | None = None) -> State:
         """All rows over the keys of one shard."""
@@ -132,23 +153,32 @@ class Shards:
 
     def with_values(self, value: float) -> "Shards":
         """The same batch with every V a constant."""
-        other = Shards(self.batch, self.spec)
-        for store in other.stores:
-            store.v_KPD[~store.v_KPD.isnan()] = value
+        other = Shards(self.batch, self.spec, self.backend, self.stored)
+        for s in other.sequences:
+            for store, blocks in zip(other.stores, s.blocks):
+                index, where = blocks.keys()
+                store.write(s.k_SKD[index].transpose(0, 1).to(self.batch.dtype),
+                            torch.full_like(s.v_SKD[index], value).transpose(0, 1).to(self.batch.dtype),
+                            torch.from_numpy(where))
         return other
 
 
-def batches(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Batch]:
+BLOCKS = {False: [1, 5, 16, 64], True: [16, 32, 64]}
+DIMS = {False: [16, 32], True: [16, 32, 48]}
+VALUE_DIMS = {False: [None, None, 24], True: [None, None, 64]}
+"""By whether the backend is native: it takes whole vectors only."""
+
+
+@st.composite
+def cases(draw: st.DrawFn, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[Batch, AttentionSpec]:
     lengths = st.tuples(st.integers(0, 150), st.integers(1, 70))
     shares = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any).map(tuple)
-    return st.builds(
+    batch = draw(st.builds(
         Batch, lengths=st.lists(lengths, min_size=1, max_size=3).map(tuple), shares=shares,
-        block=st.sampled_from([1, 5, 16, 64]), scatter=st.booleans(), sparse_rows=st.booleans(),
-        peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1))
-
-
-def specs() -> st.SearchStrategy[AttentionSpec]:
-    return st.builds(
-        make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 4, 8]),
-        dim=st.sampled_from([16, 32]), value_dim=st.sampled_from([None, None, 24]),
-        window=st.sampled_from([None, None, 1, 7, 40, 500]), softcap=st.sampled_from([None, None, 5.0]))
+        block=st.sampled_from(BLOCKS[backend.native]), scatter=st.booleans(), sparse_rows=st.booleans(),
+        peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1)))
+    spec = draw(st.builds(
+        make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3, 4, 8]),
+        dim=st.sampled_from(DIMS[backend.native]), value_dim=st.sampled_from(VALUE_DIMS[backend.native]),
+        window=st.sampled_from([None, None, 1, 7, 40, 500]), softcap=st.sampled_from([None, None, 5.0])))
+    return batch, spec

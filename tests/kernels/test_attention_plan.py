@@ -42,7 +42,7 @@ def test_padding_stays_inside_the_own_keys(placement: Placement, window: int | N
     for s in placement.sequences:
         own = set(s.keys[0].keys()[1].tolist())
         span = RowSpan(0, s.spans[0].index)
-        for tiles in plan_attention(len(span.index), [(span, s.keys[0])], window).gathered:
+        for tiles in plan_attention(len(span.index), [(span, s.keys[0])], window).tiles.gathered:
             assert set(tiles.keys_NS.flatten().tolist()) <= own
 
 
@@ -80,8 +80,8 @@ def test_a_decode_row_over_adjacent_slots_is_one_dense_tile() -> None:
     n = 40
     held = blocks([64 * i for i in range(n)], [64] * n, [64 * (i + 3) for i in range(n)])
     plan = plan_attention(1, [(RowSpan(0, np.array([64 * n - 1])), held)], None)
-    assert not plan.gathered
-    assert [(t.key_start, t.key_stop) for t in plan.dense] == [(192, 192 + 64 * n)]
+    assert not plan.tiles.gathered
+    assert [(t.key_start, t.key_stop) for t in plan.tiles.dense] == [(192, 192 + 64 * n)]
 
 
 def test_a_window_layer_gathers_only_the_window() -> None:
@@ -89,8 +89,8 @@ def test_a_window_layer_gathers_only_the_window() -> None:
     held = blocks([64 * i for i in range(n)], [64] * n, [64 * i for i in range(n)])
     rows = np.arange(64 * n - 64, 64 * n)
     plan = plan_attention(64, [(RowSpan(0, rows), held)], window)
-    assert not plan.dense
-    assert sum(tiles.keys_NS.numel() for tiles in plan.gathered) <= window + 64 + 64
+    assert not plan.tiles.dense
+    assert sum(tiles.keys_NS.numel() for tiles in plan.tiles.gathered) <= window + 64 + 64
 
 
 def test_the_past_of_a_long_prompt_is_dense_and_the_mask_is_only_the_frontier() -> None:
@@ -98,7 +98,7 @@ def test_the_past_of_a_long_prompt_is_dense_and_the_mask_is_only_the_frontier() 
     held = blocks([64 * i for i in range(n)], [64] * n, [64 * i for i in range(n)])
     rows = np.arange(64 * n - chunk, 64 * n)
     plan = plan_attention(chunk, [(RowSpan(0, rows), held)], None)
-    masked = sum(tiles.visible_NTS.numel() for tiles in plan.gathered)
+    masked = sum(tiles.visible_NTS.numel() for tiles in plan.tiles.gathered)
     assert masked <= chunk * (TILE_ROWS + DENSE_KEYS)
 
 
@@ -106,5 +106,6 @@ def test_no_dense_call_takes_more_keys_than_bounds_its_memory(monkeypatch: pytes
     monkeypatch.setattr(attention_plan, "MOST_KEYS", 600)
     blocks = KeyBlocks(np.arange(0, 5000, 50), np.full(100, 50), np.arange(0, 5000, 50))
     plan = plan_attention(2, [(RowSpan(0, np.array([5000, 5001])), blocks)], None)
-    assert all(tile.key_stop - tile.key_start <= 600 for tile in plan.dense)
-    assert [tile.key_start for tile in plan.dense] == list(range(0, 5000, 600)) and plan.dense[-1].key_stop == 5000
+    assert all(tile.key_stop - tile.key_start <= 600 for tile in plan.tiles.dense)
+    assert [tile.key_start for tile in plan.tiles.dense] == list(range(0, 5000, 600))
+    assert plan.tiles.dense[-1].key_stop == 5000

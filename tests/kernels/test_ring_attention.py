@@ -4,6 +4,7 @@ import pytest
 import torch
 from ringserve_kernels import AttentionSpec
 
+from tests.kernels.backends import BACKENDS, Backend
 from tests.kernels.bounds import relative_rms
 from tests.kernels.layout import place
 
@@ -25,6 +26,21 @@ def test_equals_the_oracle(size: int, mode: str, batch: str, window: int | None)
     spec = AttentionSpec(4, 2, 32, 32, 32**-0.5, window=window)
     pass_q = [mode == "pass-q" or (mode == "mixed" and i % 2 == 0) for i in range(len(BATCHES[batch]))]
     placed = place(BATCHES[batch], size, spec, pass_q=pass_q, scatter=batch == "ragged")
+    results, _ = placed.run(spec, segment=128)
+    for result, expected in zip(results, placed.expected):
+        if len(expected):
+            assert relative_rms(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", [None, torch.int8])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("window", [None, 24])
+def test_keys_travel_as_they_lie(backend: Backend, stored: torch.dtype | None, batch: str, window: int | None) -> None:
+    """Blocks of the native kernel, quantized ones with their scales: whole blocks, also the last, which is not full."""
+    spec = AttentionSpec(4, 2, 32, 32, 32**-0.5, window=window)
+    placed = place(BATCHES[batch], 3, spec, pass_q=[False] * len(BATCHES[batch]), scatter=batch == "ragged",
+                   backend=backend, stored=stored)
     results, _ = placed.run(spec, segment=128)
     for result, expected in zip(results, placed.expected):
         if len(expected):
