@@ -7,6 +7,11 @@ bound is that oracle's own floor:
     fp32     relative RMS to eager fp32 <= max(1e-5, twice eager fp32's distance to fp64)
     16 bits  distance to eager fp32 no worse than eager 16 bit's own, within a tenth
     greedy   the oracle's token wherever its margin exceeds ten times the bound
+
+With keys and values in int8 or fp8 the oracle's are quantized in the same way; what the format itself costs is the
+oracle's distance to plain eager attention, and is said. Numbers near the border of two codes fall to either side, so
+two roundings of a quantized run differ more: a run may be off by as much as the format costs, and greedy tokens are
+only counted.
 """
 
 import random
@@ -19,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringserve.async_engine import resolve_model
-from ringserve.config import EngineConfig, RingMode
+from ringserve.config import EngineConfig, KVCacheDtype, RingMode
 from ringserve.devices import place_ranks
 from ringserve.engine import LLMEngine
 from ringserve.errors import ConfigError
@@ -50,10 +55,11 @@ class Outcome:
     """Positions at which the oracle's greedy token is certain."""
     equal: int
     """Of those, how many agree."""
+    quantized: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound and self.equal == self.tokens
+        return self.error <= self.bound and (self.equal == self.tokens or self.quantized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,8 @@ class Oracle:
     bound: float
     floor: float
     """The model's own distance from the next better precision, with transformers alone."""
+    format_loss: float = 0.0
+    """How far quantized keys and values change the logits, with transformers alone."""
 
     def compare(self, name: str, runs: list[Logits]) -> Outcome:
         """`runs`: what the engine gave, per text."""
@@ -73,7 +81,7 @@ class Oracle:
         certain = best[:, 1] - best[:, 0] > 10 * self.bound * _rms(theirs)
         equal = ours.argmax(-1)[certain] == theirs.argmax(-1)[certain]
         return Outcome(name=name, error=relative_rms(ours, theirs), bound=self.bound, tokens=int(certain.sum()),
-                       equal=int(equal.sum()))
+                       equal=int(equal.sum()), quantized=self.format_loss > 0)
 
 
 def relative_rms(value: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
@@ -102,8 +110,11 @@ def run_selftest(config: EngineConfig, say: Callable[[str], None] = lambda _: No
         if window > LONGEST_WINDOW:
             say(f"the window of {window} tokens is not crossed: the oracle would need memory for its square")
     positions = probe_positions(texts[0], prompts[0], block, chunk)
-    oracle = make_oracle(lambda: read_checkpoint(model), place_ranks(config.ring).devices[0], texts, positions)
+    stored = config.cache.kv_cache_dtype
+    oracle = make_oracle(lambda: read_checkpoint(model), place_ranks(config.ring).devices[0], texts, positions, stored)
     say(f"transformers, eager: its own floor is {oracle.floor:.1e}")
+    if stored != "auto":
+        say(f"keys and values in {stored} change the logits by {oracle.format_loss:.1e} of their RMS")
     modes: dict[int, list[RingMode]] = {1: ["auto"], ring: [config.ring.ring_mode, "pass-kv", "pass-q"]}
     for size in sorted(modes):
         chosen = replace(config, model=model, ring=replace(config.ring, ring_size=size),
@@ -157,37 +168,42 @@ def probe_positions(text: Text, prompt: int, block: int, chunk: int) -> set[int]
 
 
 def make_oracle(read: Callable[[], Checkpoint], device: str, texts: list[Text],
-                positions: Collection[int] | None = None) -> Oracle:
-    """Logits of transformers' eager attention at these positions (all by default), and the bound that its own
-    rounding sets."""
+                positions: Collection[int] | None = None, stored: KVCacheDtype = "auto") -> Oracle:
+    """Logits of transformers' eager attention at these positions (all by default), over keys and values as they are
+    stored, and the bound that its own rounding sets."""
     dtype = getattr(torch, read().dtype)
 
-    def eager(precision: torch.dtype) -> list[NDArray[np.float64]]:
-        return eager_logits(read(), precision, device, texts, positions)
+    def eager(precision: torch.dtype, kept: KVCacheDtype = stored) -> list[NDArray[np.float64]]:
+        return eager_logits(read(), precision, device, texts, positions, kept)
 
     def distance(value: list[NDArray[np.float64]], reference: list[NDArray[np.float64]]) -> float:
         return relative_rms(np.concatenate(value), np.concatenate(reference))
 
+    reference = eager(torch.promote_types(dtype, torch.float32))
+    loss = 0.0 if stored == "auto" else distance(reference, eager(torch.promote_types(dtype, torch.float32), "auto"))
     if dtype == torch.float64:
-        return Oracle(logits=eager(dtype), floor=1e-12, bound=1e-10)
-    reference = eager(torch.float32)
+        return Oracle(logits=reference, floor=1e-12, bound=1e-10, format_loss=loss)
+    least = max(1e-5, loss)
     if dtype == torch.float32:
         floor = distance(reference, eager(torch.float64))
-        return Oracle(logits=reference, floor=floor, bound=max(1e-5, 2 * floor))
+        return Oracle(logits=reference, floor=floor, bound=max(least, 2 * floor), format_loss=loss)
     floor = distance(eager(dtype), reference)
-    return Oracle(logits=reference, floor=floor, bound=max(1e-5, 1.1 * floor))
+    return Oracle(logits=reference, floor=floor, bound=max(least, 1.1 * floor), format_loss=loss)
 
 
 def eager_logits(checkpoint: Checkpoint, dtype: torch.dtype, device: str, texts: list[Text],
-                 positions: Collection[int] | None = None) -> list[NDArray[np.float64]]:
+                 positions: Collection[int] | None = None,
+                 stored: KVCacheDtype = "auto") -> list[NDArray[np.float64]]:
     """[positions, vocabulary] of each text, by transformers alone. The model is gone when this returns."""
     from transformers import AutoModelForCausalLM
+
+    from ringserve.model.quantized_eager import eager_name
 
     # transformers' grouped expert kernel knows no fp64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, config=checkpoint.config, dtype=dtype, attn_implementation="eager",
+            checkpoint.path, config=checkpoint.config, dtype=dtype, attn_implementation=eager_name(stored),
             use_safetensors=True, local_files_only=True, trust_remote_code=False, **experts).eval().to(device)
     fix_frequencies(model, checkpoint.max_model_len)
     logits = []

@@ -208,7 +208,8 @@ def _tabulate(plan: AttentionPlan, block: int) -> PlanTable:
         row_start=np.array([s.start for s in spans], dtype=np.int64), row_count=counts,
         index_start=np.cumsum(counts) - counts, row_index=_joined([s.index for s in spans]),
         block_start=np.cumsum([0, *(len(b) for b in blocks)], dtype=np.int64),
-        first=_joined([b.first for b in blocks]), length=length, place=offset // block)
+        first=_joined([b.first for b in blocks]), length=length, place=offset // block,
+        window=plan.window)
 
 
 def _joined(parts: list[Ints]) -> Ints:

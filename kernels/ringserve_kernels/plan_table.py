@@ -26,6 +26,7 @@ class PlanTable:
     """Keys in each block."""
     place: NDArray[np.int64]
     """Number of each block in the storage."""
+    window: int | None
 
     @property
     def is_empty(self) -> bool:

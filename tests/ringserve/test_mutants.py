@@ -8,10 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from ringserve_kernels import KeyBlocks, attend_tile, merge_sink, plan_ring
+from ringserve_kernels import (
+    AttentionPlan,
+    AttentionSpec,
+    KeyBlocks,
+    KeyValues,
+    attend,
+    merge_attention_states,
+    merge_sink,
+    plan_ring,
+)
+from torch import Tensor
 
-from ringserve.config import ModelConfig, RingMode
+from ringserve.config import AttentionName, ModelConfig, RingMode
 from ringserve.model.checkpoint import read_checkpoint
 from ringserve.model.tables import RequestTable
 from ringserve.selftest import Oracle, make_oracle
@@ -26,11 +35,16 @@ STEPS = 4
 
 
 def base_2_lse(patch: Patch) -> None:
-    def mutant(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        o, lse = attend_tile(*args, **kwargs)  # type: ignore[arg-type]
-        return o, lse / math.log(2)
+    def mutant(q: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionSpec,
+               into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        o, lse = attend(q, keys, plan, spec)
+        lse.div_(math.log(2))
+        if into is None:
+            return o, lse
+        merge_attention_states(*into, o, lse)
+        return into
 
-    patch.setattr(import_module("ringserve_kernels.attend"), "attend_tile", mutant)
+    patch.setattr(import_module("ringserve_kernels.ring_attention"), "attend", mutant)
 
 
 def _change_keys(patch: Patch, change: Callable[[KeyBlocks], KeyBlocks]) -> None:
@@ -63,7 +77,7 @@ def window_off_by_one(patch: Patch) -> None:
 
 
 def sink_counted_twice(patch: Patch) -> None:
-    def mutant(o: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
+    def mutant(o: Tensor, lse: Tensor, sink: Tensor) -> None:
         merge_sink(o, lse, sink)
         merge_sink(o, lse, sink)
 
@@ -90,11 +104,12 @@ def oracles(family_directory: FamilyDirectory) -> dict[str, Oracle]:
     return {family: oracle_of(family_directory(family)) for family in FAMILIES}
 
 
+@pytest.mark.parametrize("attention", ["auto", "torch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_mistake_the_bounds_hold(family: str, oracles: dict[str, Oracle],
+def test_without_a_mistake_the_bounds_hold(family: str, attention: AttentionName, oracles: dict[str, Oracle],
                                            family_directory: FamilyDirectory) -> None:
     for mode in MODES:
-        engine = thread_engine(family_directory(family), 2, mode)
+        engine = thread_engine(family_directory(family), 2, mode, attention=attention)
         outcome = oracles[family].compare(mode, Teacher(engine).run([make_text()], [120 - STEPS]))
         assert outcome.passed, outcome
 

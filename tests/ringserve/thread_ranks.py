@@ -8,7 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ringserve.config import CacheConfig, EngineConfig, ModelConfig, RingConfig, RingMode, SchedulerConfig
+from ringserve.config import (
+    AttentionName,
+    CacheConfig,
+    EngineConfig,
+    KVCacheDtype,
+    ModelConfig,
+    RingConfig,
+    RingMode,
+    SchedulerConfig,
+)
 from ringserve.engine import LLMEngine
 from ringserve.model.checkpoint import read_checkpoint
 from ringserve.model.loading import load_checked
@@ -90,7 +99,7 @@ class ThreadExecutor:
 
 
 def thread_engine(checkpoint: Path, ring_size: int, mode: RingMode, block_size: int = 16,
-                  chunk: int = 96) -> LLMEngine:
+                  chunk: int = 96, attention: AttentionName = "auto", kv_cache_dtype: KVCacheDtype = "auto") -> LLMEngine:
     """An engine over `ring_size` threads that share one model."""
     config = EngineConfig(
         model=ModelConfig(model=str(checkpoint)), cache=CacheConfig(block_size=block_size, kv_cache_gib=1e-5),
@@ -99,6 +108,7 @@ def thread_engine(checkpoint: Path, ring_size: int, mode: RingMode, block_size: 
     read = read_checkpoint(config.model)
     dtype = getattr(torch, read.dtype)
     model, layers = load_checked(read, torch.device("cpu"), dtype)
-    runners = [ModelRunner(model, layers, block_size=block_size, segment=64, device=torch.device("cpu"), dtype=dtype)
+    runners = [ModelRunner(model, layers, block_size=block_size, segment=64, device=torch.device("cpu"), dtype=dtype,
+                           attention=attention, kv_cache_dtype=kv_cache_dtype)
                for _ in range(ring_size)]
     return LLMEngine(config, ThreadExecutor(runners), read.max_model_len, read.vocab_size, dtype.itemsize)

@@ -64,6 +64,7 @@ struct Scratch {
     Buffer<typename F::B> k, v;
     Buffer<float> o, scores, k_scale, v_scale;
     Buffer<float> top, total;
+    Buffer<float> divisor;  // the total of the weights as they are rounded: then equal values give that value
     Buffer<int64_t> index;
 };
 
@@ -210,6 +211,7 @@ class Worker {
         std::memset(o, 0, padded_rows * call.value_dim * sizeof(float));
         std::fill_n(scratch.top.room(padded_rows + MOST_STRIP), padded_rows, NEVER);
         std::fill_n(scratch.total.room(padded_rows), padded_rows, 0.0f);
+        std::fill_n(scratch.divisor.room(padded_rows), padded_rows, 0.0f);
         scratch.scores.room(MOST_STRIP * CHUNK);
         scratch.weights.room(MOST_STRIP * CHUNK);
     }
@@ -399,7 +401,7 @@ class Worker {
             const float* scores = scratch.scores.data + r * CHUNK;
             auto* weights = scratch.weights.data + r * CHUNK;
             const Vec by = Vec::all(shift[r]);
-            Vec sum = Vec::all(0.0f);
+            Vec sum = Vec::all(0.0f), rounded = Vec::all(0.0f);
             if (quantized) {
                 for (int i = 0; i < blocks; ++i)
                     for (int64_t j = 0; j < call.block; j += Vec::lanes) {
@@ -408,14 +410,23 @@ class Worker {
                         (weight * Vec::load(chunk.v_scale[which[i]] + j)).store(weights + i * call.block + j);
                     }
             } else {
-                for (int64_t j = 0; j < keys; j += Vec::lanes) {
-                    Vec weight = exp2<F::exact>(fma(Vec::load(scores + j), scale, by));
-                    sum = sum + weight;
-                    weight.store(weights + j);
+                int64_t j = 0;
+                for (; j + 2 * Vec::lanes <= keys; j += 2 * Vec::lanes) {
+                    Vec low = exp2<F::exact>(fma(Vec::load(scores + j), scale, by));
+                    Vec high = exp2<F::exact>(fma(Vec::load(scores + j + Vec::lanes), scale, by));
+                    sum = sum + low + high;
+                    rounded = F::store_weights(low, high, weights + j, rounded);
+                }
+                if (j < keys) {
+                    Vec last = exp2<F::exact>(fma(Vec::load(scores + j), scale, by));
+                    sum = sum + last;
+                    rounded = F::store_weights(last, weights + j, rounded);
                 }
             }
-            float& total = scratch.total.data[row + r];
-            total = total * decay[r] + sum.sum();
+            float &total = scratch.total.data[row + r], &divisor = scratch.divisor.data[row + r];
+            const float more = sum.sum();
+            total = total * decay[r] + more;
+            divisor = divisor * decay[r] + (F::exact_weights || quantized ? more : rounded.sum());
         }
     }
 
@@ -427,7 +438,7 @@ class Worker {
             const float* o = scratch.o.data + row * dim;
             if (task.part >= 0) {
                 float* to = part.o + row * dim;
-                const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+                const float factor = 1.0f / scratch.divisor.data[row];
                 for (int64_t d = 0; d < dim; ++d) to[d] = total == 0.0f ? 0.0f : o[d] * factor;
                 part.lse[row] = lse;
                 continue;
@@ -435,7 +446,8 @@ class Worker {
             const int64_t t = call.row_start[task.sequence] + task.row_from + row / group;
             const int64_t h = task.head * group + row % group;
             merge_row(call.o + t * call.o_row_stride + h * call.o_head_stride,
-                      call.lse + t * call.lse_row_stride + h * call.lse_head_stride, o, lse, 1.0f / total, dim);
+                      call.lse + t * call.lse_row_stride + h * call.lse_head_stride, o, lse,
+                      1.0f / scratch.divisor.data[row], dim);
         }
     }
 };

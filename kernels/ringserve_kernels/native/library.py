@@ -80,7 +80,7 @@ class NativeKernel:
             row_count=table.row_count.ctypes.data, index_start=table.index_start.ctypes.data,
             row_index=table.row_index.ctypes.data, block_start=table.block_start.ctypes.data,
             first=table.first.ctypes.data, length=table.length.ctypes.data, place=table.place.ctypes.data,
-            window=spec.window or 0, scale=spec.scale, softcap=spec.softcap or 0.0, threads=torch.get_num_threads())
+            window=table.window or 0, scale=spec.scale, softcap=spec.softcap or 0.0, threads=torch.get_num_threads())
         self._library.ringserve_attend(ctypes.byref(call))
 
     def store(self, source_KTD: Tensor, target_KPD: Tensor, where_T: Tensor, *, block: int, pack: int,

@@ -142,7 +142,21 @@ inline Vec tanh(Vec x) {
     return one - two / (one + exp2<true>(x * Vec::all(2.8853900817779268f)));
 }
 
-struct Single {
+// Weights of the values are stored as A of their product.
+struct ExactWeights {
+    static constexpr bool exact_weights = true;
+    static Vec store_weights(Vec low, Vec high, float* p, Vec sum) {
+        low.store(p);
+        high.store(p + Vec::lanes);
+        return sum;
+    }
+    static Vec store_weights(Vec low, float* p, Vec sum) {
+        low.store(p);
+        return sum;
+    }
+};
+
+struct Single : ExactWeights {
     static constexpr int pack = 1;  // k of a step
     static constexpr bool exact = true;
     using A = float;
@@ -157,7 +171,7 @@ struct Single {
     static A from(bf16 x) { return widen(x); }
 };
 
-struct PairWiden {
+struct PairWiden : ExactWeights {
     static constexpr int pack = 2;
     static constexpr bool exact = false;
     using A = float;
@@ -189,6 +203,19 @@ struct PairBf16 {
     }
     static Vec multiply(Vec c, AVec a, BVec b) { return {_mm512_dpbf16_ps(c.x, a.a, b.b)}; }
     static A from(bf16 x) { return x; }
+    // Rounded to bf16; the sum is of the rounded ones. Divided by it, equal values give that value.
+    static constexpr bool exact_weights = false;
+    static Vec store_weights(Vec low, Vec high, bf16* p, Vec sum) {
+        const __m512bh pair = _mm512_cvtne2ps_pbh(high.x, low.x);
+        _mm512_storeu_si512(p, (__m512i)pair);
+        return {_mm512_dpbf16_ps(sum.x, pair, (__m512bh)_mm512_set1_epi16(0x3f80))};
+    }
+    static Vec store_weights(Vec low, bf16* p, Vec sum) {
+        const __m256bh one = _mm512_cvtneps_pbh(low.x);
+        _mm256_storeu_si256((__m256i*)p, (__m256i)one);
+        return {_mm512_dpbf16_ps(sum.x, (__m512bh)_mm512_zextsi256_si512((__m256i)one),
+                                 (__m512bh)_mm512_set1_epi16(0x3f80))};
+    }
 };
 using Pair = PairBf16;
 #else

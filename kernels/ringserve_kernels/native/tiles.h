@@ -60,11 +60,15 @@ inline void tiles_end() { _tile_release(); }
 
 #endif
 
+// The compiler does not know that tile loads read memory: what was written before must be there.
+inline void memory_is_written() { __asm__ volatile("" ::: "memory"); }
+
 // C tiles 0 to 3; A tiles 4 and 5, B tiles 6 and 7.
 template <int ROWS, int COLUMNS>
 inline void tile_block(const bf16* a, int64_t lda, const bf16* const* b, int64_t b_offset, int blocks, int steps,
                        int64_t ldb, float* c, int64_t ldc, bool add) {
     const int64_t a_stride = lda * 2, b_stride = ldb * 2, c_stride = ldc * 4;
+    memory_is_written();
     if (add) {
         TILE_LOAD_C(0, c, c_stride);
         if (COLUMNS > 1) { TILE_LOAD_C(1, c + 16, c_stride); }
@@ -93,6 +97,7 @@ inline void tile_block(const bf16* a, int64_t lda, const bf16* const* b, int64_t
     if (COLUMNS > 1) { TILE_STORE_C(1, c + 16, c_stride); }
     if (ROWS > 1) { TILE_STORE_C(2, c + 16 * ldc, c_stride); }
     if (ROWS > 1 && COLUMNS > 1) { TILE_STORE_C(3, c + 16 * ldc + 16, c_stride); }
+    memory_is_written();
 }
 
 // `steps` of 32 k each; ROWS tiles of 16 rows; `columns` a multiple of 16.
