@@ -99,7 +99,8 @@ class ThreadExecutor:
 
 
 def thread_engine(checkpoint: Path, ring_size: int, mode: RingMode, block_size: int = 16,
-                  chunk: int = 96, attention: AttentionName = "auto", kv_cache_dtype: KVCacheDtype = "auto") -> LLMEngine:
+                  chunk: int = 96, attention: AttentionName = "auto",
+                  kv_cache_dtype: KVCacheDtype = "auto") -> LLMEngine:
     """An engine over `ring_size` threads that share one model."""
     config = EngineConfig(
         model=ModelConfig(model=str(checkpoint)), cache=CacheConfig(block_size=block_size, kv_cache_gib=1e-5),
