@@ -1,0 +1,29 @@
+"""How large a tile of keys is, and on how many threads: chosen so that bf16 and fp16 compile without spilled registers
+for sm_80, sm_90 and sm_100, within the shared memory of each (tests/kernels/triton compiles them). Not yet chosen by
+time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    tile_keys: int
+    num_warps: int
+    num_stages: int
+    """Tiles of K and V in flight."""
+
+
+def attention_tiling(tile_rows: int, padded_dim: int, element_size: int, quantized: bool,
+                     capability: tuple[int, int]) -> Tiling:
+    """For `tile_rows` packed rows of queries of `element_size` bytes, the larger of the padded head dims, and a
+    device of this compute capability."""
+    small = padded_dim <= 128
+    if element_size == 4:
+        # For checks, not for speed: three tf32 products per product spill registers in large tiles.
+        return Tiling(16, 4 if tile_rows <= 16 else 8, 2)
+    if tile_rows <= 16:
+        return Tiling(64 if small else 32, 8 if quantized and small else 4, 3)
+    if tile_rows > 64 and quantized and capability < (9, 0):
+        # Codes are turned into numbers in registers, fp8 by bits.
+        return Tiling(32, 8, 3)
+    return Tiling(64 if small else 32, 8, 3 if small else 2)
