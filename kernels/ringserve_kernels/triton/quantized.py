@@ -50,7 +50,8 @@ class Quantized:
 
 @triton.jit
 def decode(codes, FORMAT: tl.constexpr, TO: tl.constexpr):
-    """Values of the codes, before their scale, exactly. fp8 codes come as bytes (uint8)."""
+    """Values of the codes, before their scale, exactly. fp8 codes come as bytes (uint8); 0x7F, e4m3's NaN, is never
+    written and is not looked for."""
     if FORMAT == FP8_IN_HARDWARE:
         return codes.to(tl.float8e4nv, bitcast=True).to(TO)
     if FORMAT == FP8_BY_BITS:
@@ -95,6 +96,7 @@ def quantize_kernel(x, x_token_stride, x_head_stride, slot_T, codes, codes_head_
     scale_N = tl.max(tl.abs(x_ND), axis=1) / LARGEST
     # A NaN has no code: it goes into the scale, so that attention shows it instead of a plausible number.
     broken_N = tl.max((x_ND != x_ND).to(tl.int32), axis=1) > 0
+    x_ND = tl.where(x_ND == x_ND, x_ND, 0.0)
     scale_N = tl.where(broken_N, float("nan"), scale_N).to(scale.dtype.element_ty)
     # The codes are those of the scale as it is stored. An fp16 scale may be rounded down: then the largest code is
     # met by clamping, off by at most 2**-11 of it.

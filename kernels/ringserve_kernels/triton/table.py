@@ -101,10 +101,10 @@ def page_table(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], spec: 
     """Cut the attention of a ragged batch into work items.
 
     `rows` is the number of rows of q. A block has at most `block_size` keys; its keys are adjacent in the storage.
-    Blocks that no row can see are not uploaded. One copy to the device.
+    A row belongs to one sequence. Blocks that no row can see are not uploaded. One copy to the device.
 
-    Raises ShapeError for a block size, block, span or number of query heads per kv head that the kernels do not
-    take.
+    Raises ShapeError for a block size, a block, rows or a number of query heads per kv head that the kernels do
+    not take.
     """
     group = spec.num_heads // spec.num_kv_heads
     if block_size not in BLOCK_SIZES:
@@ -119,7 +119,10 @@ def page_table(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], spec: 
     num_blocks = scratch_rows = storage_tokens = 0
     for span, all_blocks in sequences:
         _check_sequence(span, all_blocks, rows, block_size)
-        row_index[span.start : span.start + len(span.index)] = span.index
+        mine = row_index[span.start : span.start + len(span.index)]
+        if (mine >= 0).any():
+            raise ShapeError("sequences", f"with row {span.start + int(np.argmax(mine >= 0))} twice", "each row once")
+        mine[:] = span.index
         reach = all_blocks.in_reach(span.index, spec.window)
         if len(reach) == 0:
             continue

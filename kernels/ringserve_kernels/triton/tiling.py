@@ -17,13 +17,12 @@ def attention_tiling(tile_rows: int, padded_dim: int, element_size: int, quantiz
                      capability: tuple[int, int]) -> Tiling:
     """For `tile_rows` packed rows of queries of `element_size` bytes, the larger of the padded head dims, and a
     device of this compute capability."""
-    small = padded_dim <= 128
     if element_size == 4:
-        # For checks, not for speed: three tf32 products per product spill registers in large tiles.
-        return Tiling(16, 4 if tile_rows <= 16 else 8, 2)
+        # For checks, not for speed: products of three tf32 products spill registers in all but the smallest tiles.
+        return Tiling(16, 4 if tile_rows <= 16 else 8, 2 if padded_dim <= 128 else 1)
+    if padded_dim > 128:
+        return Tiling(32, 4 if tile_rows <= 16 else 8, 3 if tile_rows <= 16 else 2)
     if tile_rows <= 16:
-        return Tiling(64 if small else 32, 8 if quantized and small else 4, 3)
-    if tile_rows > 64 and quantized and capability < (9, 0):
-        # Codes are turned into numbers in registers, fp8 by bits.
-        return Tiling(32, 8, 3)
-    return Tiling(64 if small else 32, 8, 3 if small else 2)
+        return Tiling(64, 8 if quantized else 4, 3)
+    # Before sm_90 codes become numbers in the registers that matrix instructions read, fp8 by bits.
+    return Tiling(32 if quantized and capability < (9, 0) else 64, 8, 3)

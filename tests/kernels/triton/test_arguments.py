@@ -66,6 +66,7 @@ WRONG: list[tuple[Callable[[], object], type[ArgumentError], str]] = [
     (attend(into=(tensor(1, 4, 16), tensor(1, 4))), ShapeError, "into[0]"),
     (table(block_size=48), ShapeError, "block_size"),
     (table(rows=0), ShapeError, "sequences"),
+    (table(sequences=[(SPAN, BLOCKS), (SPAN, BLOCKS)]), ShapeError, "sequences"),
     (table(sequences=[(SPAN, KeyBlocks(np.array([0]), np.array([17]), np.array([0])))]), ShapeError, "sequences"),
     (table(sequences=[(SPAN, KeyBlocks(np.array([0]), np.array([16]), np.array([2**31])))]), ShapeError, "sequences"),
     (table(spec=make_spec(kv_heads=1, group=129)), ShapeError, "spec"),

@@ -15,7 +15,7 @@ from tests.kernels.bounds import assert_close
 from tests.kernels.shards import Batch, batches, make_spec, specs
 from tests.kernels.triton.paged import DEVICE, PagedShards, on_host
 
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=8, deadline=None)
 
 
 def paged(batch: Batch) -> Batch:
