@@ -103,7 +103,8 @@ class Attention:
         said = [{1: "decode", 16: "few rows", 512: "prefill"}[self.rows], str(self.cache or self.dtype)[6:],
                 f"d{self.dim}" + (f"/{self.value_dim}" if self.value_dim else "")]
         changed = [(f"group {self.group}", self.group != 4), (f"block {self.block_size}", self.block_size != 64),
-                   ("window", self.window), ("softcap", self.softcap)]
+                   ("window", self.window), ("softcap", self.softcap),
+                   (f"{str(self.dtype)[6:]} rows", self.cache and self.dtype != BF16)]
         return " ".join(said + [word for word, is_so in changed if is_so])
 
     def launches(self, arch: int) -> Iterator[tuple[str, Launch]]:

@@ -57,7 +57,8 @@ def test_heads_and_blocks_of_real_models(dim: int, value_dim: int | None, group:
 @pytest.mark.parametrize(("window", "softcap", "dtype"), [
     (None, None, torch.float32), (1, None, torch.float32), (100, 30.0, torch.float16), (5000, None, torch.float16)])
 def test_long_chunks_take_wide_tiles(window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
-    batch = Batch(lengths=((200, 140), (0, 150)), block=64, dtype=dtype)
+    """They go on from the accumulators without scratch: the second shard does."""
+    batch = Batch(lengths=((200, 140), (0, 150)), shares=(1, 1), block=64, dtype=dtype)
     shards = PagedShards(batch, make_spec(kv_heads=1, group=4, dim=32, window=window, softcap=softcap))
     assert [(tiles.tile_rows, tiles.split) for tiles in shards.table().tiles] == [(128, False)]
     assert_close(on_host(shards.attend_all_paged()), shards.expected(), dtype)
