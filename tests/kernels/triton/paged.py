@@ -40,4 +40,3 @@ class PagedShards(Shards):
 
 def on_host(state: State) -> State:
     return state[0].cpu(), state[1].cpu()
-
