@@ -165,6 +165,14 @@ def test_what_decides_imports_no_torch(module: str) -> None:
     assert not heavy, f"{module} imports {heavy}"
 
 
+@pytest.mark.parametrize("package", OURS)
+def test_triton_is_imported_on_request_only(package: str) -> None:
+    """It is an extra, and how its kernels run (compiled, interpreted) is decided when it is first imported."""
+    reached = imported_at_once(package)
+    assert not {module: by for module, by in reached.items() if top(module) == "triton"}
+    assert "ringserve_kernels.triton" not in reached
+
+
 def test_nothing_dangerous_is_imported() -> None:
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "multiprocessing"}
     assert_none([f"{source}:{i.line} imports {i.module}" for source in SOURCES for i in source.imports

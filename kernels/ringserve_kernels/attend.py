@@ -6,7 +6,7 @@ Shape suffixes: T rows, H query heads, K kv heads, P tokens of the storage, D he
 from torch import Tensor
 
 from ringserve_kernels.attention_plan import AttentionPlan, GatheredTiles
-from ringserve_kernels.errors import require
+from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError
 from ringserve_kernels.key_values import KeyValues
 from ringserve_kernels.merge import merge_rows, new_state
 from ringserve_kernels.spec import AttentionSpec
@@ -42,20 +42,19 @@ def attend(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionS
 
 def _check(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionSpec) -> None:
     shape = (plan.rows, spec.num_heads, spec.key_dim)
-    require(tuple(q_THD.shape) == shape, "q_THD", tuple(q_THD.shape), f"of shape {shape}")
+    if tuple(q_THD.shape) != shape:
+        raise ShapeError("q_THD", tuple(q_THD.shape), shape)
     for name, x, dim in (("k_KPD", keys.k_KPD, spec.key_dim), ("v_KPD", keys.v_KPD, spec.value_dim)):
-        require(x.dim() == 3 and x.shape[0] == spec.num_kv_heads and x.shape[2] == dim, name, tuple(x.shape),
-                f"of shape ({spec.num_kv_heads}, tokens, {dim})")
-        require(x.device == q_THD.device, name, x.device, f"on q_THD's device, {q_THD.device}")
-        require(x.shape[1] >= plan.storage_tokens, name, x.shape[1],
-                f"of at least {plan.storage_tokens} tokens, which the plan names")
-        require(x.dtype == q_THD.dtype or keys.scales_KP is not None, name, x.dtype,
-                f"of q_THD's dtype, {q_THD.dtype}, or come with scales")
+        if x.dim() != 3 or x.shape[0] != spec.num_kv_heads or x.shape[2] != dim:
+            raise ShapeError(name, tuple(x.shape), f"({spec.num_kv_heads}, tokens, {dim})")
+        if x.shape[1] < plan.storage_tokens:
+            raise ShapeError(name, f"of {x.shape[1]} tokens", f"at least {plan.storage_tokens}, as the plan reads")
+        if x.device != q_THD.device:
+            raise DeviceError(name, f"on {x.device}", f"q_THD's, {q_THD.device}")
+        if keys.scales_KP is None and x.dtype != q_THD.dtype:
+            raise DtypeError(name, x.dtype, f"q_THD's, {q_THD.dtype}, or codes with scales")
     if keys.layout is not None:
-        pack = {1: "torch.float32", 2: "torch.bfloat16"}[keys.layout.pack]
-        require(keys.k_KPD.shape[1] % keys.layout.block == 0, "k_KPD", keys.k_KPD.shape[1],
-                f"whole blocks of {keys.layout.block} tokens")
-        require(str(q_THD.dtype) == pack, "q_THD", q_THD.dtype, f"{pack}, for which the keys were laid out")
+        keys.layout.check(q_THD.dtype, keys.k_KPD.shape[1])
 
 
 def _attend_gathered(q_HTD: Tensor, keys: KeyValues, tiles: GatheredTiles, spec: AttentionSpec,

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ringserve_kernels.errors import require
+from ringserve_kernels.errors import ShapeError
 from ringserve_kernels.merge import Rows
 from ringserve_kernels.plan_table import PlanTable
 
@@ -202,8 +202,10 @@ def _tabulate(plan: AttentionPlan, block: int) -> PlanTable:
     spans, blocks = [s for s, _ in plan.sequences], [b for _, b in plan.sequences]
     counts = np.array([len(s.index) for s in spans], dtype=np.int64)
     offset, length = _joined([b.offset for b in blocks]), _joined([b.length for b in blocks])
-    require(not (offset % block).any(), "offset", offset[:8], f"a multiple of the block's {block} tokens")
-    require(not ((length < 1) | (length > block)).any(), "length", length[:8], f"in 1 to {block} tokens")
+    if (offset % block).any():
+        raise ShapeError("offset", offset[offset % block != 0][:8], f"multiples of the block's {block} tokens")
+    if ((length < 1) | (length > block)).any():
+        raise ShapeError("length", length[(length < 1) | (length > block)][:8], f"1 to {block} tokens")
     return PlanTable(
         row_start=np.array([s.start for s in spans], dtype=np.int64), row_count=counts,
         index_start=np.cumsum(counts) - counts, row_index=_joined([s.index for s in spans]),

@@ -54,36 +54,35 @@ def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block:
     torch_path = backend(spec, device, dtype, masked=False)
     if wanted == "torch":
         return Choice(None, f"{torch_path} (as asked for)")
-    if device.type != "cpu":
-        reasons = [f"the native kernel is for CPUs, not {device.type}"]
-    else:
-        reasons = [refusal] if (refusal := _refusal(spec, dtype, block)) else []
-        for variant in [] if reasons else runnable() or _no_variant(reasons):
-            try:
-                layout = NativeLayout(_kernel(variant), block, PACK[dtype])
-                _verify(layout, spec, dtype)
-            except KernelUnavailable as error:
-                reasons.append(f"{variant.name}: {error}")
-                continue
-            if wanted == "native":
-                return Choice(layout, f"native {variant.name} (as asked for)")
-            chunk, decode = _race(layout, spec, dtype)
-            times = f"{chunk:.2g} times torch's speed in prefill, {decode:.2g} in decode"
-            if chunk * decode > 1:
-                return Choice(layout, f"native {variant.name} ({times})")
-            reasons.append(f"{variant.name}: {times}")
+    against: dict[str, list[str]] = {}
+    """Reasons, and the variants of which they hold."""
+    refusal = _refusal(spec, dtype, device, block)
+    for variant in [] if refusal else runnable():
+        try:
+            layout = NativeLayout(_kernel(variant), block, PACK[dtype])
+            _verify(layout, spec, dtype)
+        except KernelUnavailable as error:
+            against.setdefault(str(error), []).append(variant.name)
+            continue
+        if wanted == "native":
+            return Choice(layout, f"native {variant.name} (as asked for)")
+        chunk, decode = _race(layout, spec, dtype)
+        times = f"{chunk:.2g} times torch's speed in prefill, {decode:.2g} in decode"
+        if chunk * decode > 1:
+            return Choice(layout, f"native {variant.name} ({times})")
+        against.setdefault(times, []).append(variant.name)
+    why = refusal or "; ".join(f"{', '.join(names)}: {reason}" for reason, names in against.items())
     if wanted == "native":
-        raise KernelUnavailable("the native attention kernel cannot be used: " + "; ".join(reasons))
-    return Choice(None, f"{torch_path} (native kernel not used: {'; '.join(reasons)})")
+        raise KernelUnavailable(f"the native attention kernel cannot be used: {why}")
+    return Choice(None, f"{torch_path} (native kernel not used: {why})")
 
 
-def _no_variant(reasons: list[str]) -> list[Variant]:
-    reasons.append("this CPU has neither AVX2 nor AVX-512")
-    return []
-
-
-def _refusal(spec: AttentionSpec, dtype: torch.dtype, block: int) -> str | None:
+def _refusal(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int) -> str | None:
     """What the native kernel cannot take."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not {device.type}"
+    if not runnable():
+        return "this CPU has neither AVX2 nor AVX-512"
     if dtype not in PACK:
         return f"it computes in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if spec.key_dim % PACK[dtype] or spec.value_dim % LANES or block % LANES:

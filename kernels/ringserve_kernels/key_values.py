@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringserve_kernels.errors import DtypeError, ShapeError
 from ringserve_kernels.native.library import NativeKernel
 from ringserve_kernels.quantize import LARGEST, dequantize, quantize
 
@@ -21,6 +22,14 @@ class NativeLayout:
     block: int
     pack: int
     """2 for bf16 queries, 1 for fp32."""
+
+    def check(self, dtype: torch.dtype, tokens: int) -> None:
+        """Raises ArgumentError unless queries of `dtype` read a storage of so many tokens in this layout."""
+        wanted = torch.float32 if self.pack == 1 else torch.bfloat16
+        if dtype != wanted:
+            raise DtypeError("q_THD", dtype, f"{wanted}, for which the keys were laid out")
+        if tokens % self.block:
+            raise ShapeError("k_KPD", f"of {tokens} tokens", f"whole blocks of {self.block}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,16 +169,22 @@ VALUE_DIMS = {False: [None, None, 24], True: [None, None, 64]}
 """By whether the backend is native: it takes whole vectors only."""
 
 
-@st.composite
-def cases(draw: st.DrawFn, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[Batch, AttentionSpec]:
+def batches(dtype: torch.dtype = torch.float32, native: bool = False) -> st.SearchStrategy[Batch]:
     lengths = st.tuples(st.integers(0, 150), st.integers(1, 70))
     shares = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any).map(tuple)
-    batch = draw(st.builds(
+    return st.builds(
         Batch, lengths=st.lists(lengths, min_size=1, max_size=3).map(tuple), shares=shares,
-        block=st.sampled_from(BLOCKS[backend.native]), scatter=st.booleans(), sparse_rows=st.booleans(),
-        peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1)))
-    spec = draw(st.builds(
+        block=st.sampled_from(BLOCKS[native]), scatter=st.booleans(), sparse_rows=st.booleans(),
+        peak=st.sampled_from([1.0, 4.0]), dtype=st.just(dtype), seed=st.integers(0, 2**32 - 1))
+
+
+def specs(native: bool = False) -> st.SearchStrategy[AttentionSpec]:
+    return st.builds(
         make_spec, kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3, 4, 8]),
-        dim=st.sampled_from(DIMS[backend.native]), value_dim=st.sampled_from(VALUE_DIMS[backend.native]),
-        window=st.sampled_from([None, None, 1, 7, 40, 500]), softcap=st.sampled_from([None, None, 5.0])))
-    return batch, spec
+        dim=st.sampled_from(DIMS[native]), value_dim=st.sampled_from(VALUE_DIMS[native]),
+        window=st.sampled_from([None, None, 1, 7, 40, 500]), softcap=st.sampled_from([None, None, 5.0]))
+
+
+def cases(backend: Backend, dtype: torch.dtype = torch.float32) -> st.SearchStrategy[tuple[Batch, AttentionSpec]]:
+    """What this backend can take."""
+    return st.tuples(batches(dtype, backend.native), specs(backend.native))

@@ -1,0 +1,121 @@
+"""Which kernel serves: forced, raced, refused with a reason, never one that is wrong."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ringserve_kernels import KernelUnavailable, choice
+from ringserve_kernels.native import build, variants
+
+from tests.kernels.shards import make_spec
+
+CPU = torch.device("cpu")
+SPEC = make_spec(dim=64)
+needs_variant = pytest.mark.skipif(not variants.runnable(), reason="this CPU has neither AVX2 nor AVX-512")
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels() -> Iterator[None]:
+    """What a process found out stays with it: each test is a new one."""
+    choice._kernel.cache_clear()
+    yield
+    choice._kernel.cache_clear()
+
+
+@pytest.fixture
+def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The race's result, (prefill, decode), instead of a race: no test may hang on a speed."""
+    result = [2.0, 3.0]
+    monkeypatch.setattr(choice, "_race", lambda *_: tuple(result))
+    return result
+
+
+@needs_variant
+def test_the_faster_one_is_taken_and_said(ratios: list[float]) -> None:
+    chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
+    name = variants.runnable()[0].name
+    assert chosen.layout is not None and chosen.layout.pack == 2
+    assert chosen.words == f"native {name} (2 times torch's speed in prefill, 3 in decode)"
+    ratios[:] = [0.5, 1.5]
+    chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
+    assert chosen.layout is None
+    assert "torch-cpu-flash (native kernel not used: " in chosen.words
+    assert "0.5 times torch's speed in prefill, 1.5 in decode" in chosen.words
+
+
+@needs_variant
+def test_what_is_asked_for_is_taken(ratios: list[float]) -> None:
+    ratios[:] = [0.1, 0.1]
+    assert choice.choose(SPEC, torch.float32, CPU, 64, "native").layout is not None
+    assert choice.choose(SPEC, torch.float32, CPU, 64, "torch").words == "torch-cpu-flash (as asked for)"
+
+
+@needs_variant
+@pytest.mark.parametrize("spec, dtype, block, reason", [
+    (SPEC, torch.float64, 64, "it computes in float32 and bfloat16, not float64"),
+    (SPEC, torch.bfloat16, 40, "multiples of 16"),
+    (make_spec(dim=24), torch.float32, 64, "multiples of 16"),
+])
+def test_what_it_cannot_take_goes_to_torch(spec: choice.AttentionSpec, dtype: torch.dtype, block: int,
+                                           reason: str) -> None:
+    chosen = choice.choose(spec, dtype, CPU, block, "auto")
+    assert chosen.layout is None and reason in chosen.words
+    with pytest.raises(KernelUnavailable, match=reason):
+        choice.choose(spec, dtype, CPU, block, "native")
+
+
+@needs_variant
+def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
+    assert chosen.layout is None
+    assert chosen.words.count("no C++ compiler was found (g++ or clang++, or $CXX)") == 1
+
+
+@needs_variant
+@pytest.mark.parametrize("compiler, reason", [("no-such-compiler", "cannot be run"), ("false", "failed")])
+def test_a_compiler_that_fails(compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert reason in choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words
+    assert not list(tmp_path.rglob("*.so")), "nothing half-made stays behind"
+
+
+@needs_variant
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ringserve").write_text("a file where the directory should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "cannot write to" in choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words
+
+
+@needs_variant
+def test_a_kernel_that_is_wrong_never_serves(monkeypatch: pytest.MonkeyPatch, ratios: list[float]) -> None:
+    expected = choice.Case.expected
+    monkeypatch.setattr(choice.Case, "expected", lambda case: (expected(case)[0] * 1.02, expected(case)[1]))
+    chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
+    assert chosen.layout is None and "it is wrong on this CPU: o is off by 2.0e-02 of its RMS" in chosen.words
+    with pytest.raises(KernelUnavailable, match="wrong on this CPU"):
+        choice.choose(SPEC, torch.bfloat16, CPU, 64, "native")
+
+
+@needs_variant
+def test_a_race_is_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(choice, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(choice, "CHUNK", (8, 64))
+    monkeypatch.setattr(choice, "DECODE", (1, 64))
+    first = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words
+    monkeypatch.setattr(choice, "_ratio", None)
+    assert choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words == first
+    [ratios] = json.loads((tmp_path / "races.json").read_text()).values()
+    assert len(ratios) == 2
+
+
+@needs_variant
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": [1, NaN]}'])
+def test_a_spoilt_memory_is_forgotten(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "races.json"
+    path.write_text(content)
+    assert choice._remembered(path) == {}
