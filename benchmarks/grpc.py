@@ -231,6 +231,10 @@ def needle_figures(console: Console, target: str, tokens: int, rounds: int) -> N
         seen = asked(stub, messages(ids.tobytes(), opening("needle", pb.PROMPT_KIND_TOKEN_IDS, ANSWER_TOKENS, "ids")))
         check(seen.text, "ids")
         console.print(f"{len(ids):,} tokens as ids: first token after {seen.first_token_s:.1f} s", highlight=False)
+        again = asked(stub, messages(data, opening("needle", pb.PROMPT_KIND_TEXT, ANSWER_TOKENS, "ids")))
+        check(again.text, "text")
+        console.print(f"the same as text, its blocks found in the cache: first token after {again.first_token_s:.1f} s",
+                      highlight=False)
         for number in range(rounds):
             alone = asked(stub, messages(
                 data, opening("needle", pb.PROMPT_KIND_TEXT, ANSWER_TOKENS, f"alone{number}")))
@@ -249,10 +253,10 @@ def needle_figures(console: Console, target: str, tokens: int, rounds: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32_768, help="of the prompt that a real server gets")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the prompt as ids and as text once, no slow link")
     args = parser.parse_args()
     console = Console(width=160)
-    echo_figures(console, args.rounds)
+    echo_figures(console, max(1, args.rounds))
     flags = ["--ring-size", "2", "--kv-cache-gib", "6", "--grpc-port", "0"]
     with running_server(console, flags) as server:
         needle_figures(console, server.grpc_target, args.tokens, args.rounds)

@@ -139,6 +139,7 @@ class EngineProcess:
                 f"{checkpoint.weight_bytes / 2**30:.2f} GiB of weights",
                 *placement.reasons,
                 *(f"attention, {path}" for path in self._executor.attention),
+                f"linear layers: {self._executor.linear}",
                 f"measured: {machine.flops / 1e9:.0f} GFLOP/s of attention a rank"
                 + (f", {machine.link_bytes_per_s / 2**30:.1f} GiB/s to the next rank"
                    if config.ring.ring_size > 1 else ""),

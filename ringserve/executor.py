@@ -115,6 +115,7 @@ class LocalExecutor:
         # What stands in the way of one rank stands in the way of all.
         against = next((rank for rank in loaded if rank.native != first.native and not all(rank.native)), first)
         self.attention = against.attention
+        self.linear = first.linear
         self._message_bytes = first.message_bytes
 
     @property

@@ -31,6 +31,8 @@ class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     groups: list[LayerGroup]
     kv_bytes_per_token: int
     linear_flops_per_token: float
+    linear: str
+    """How the linear layers are computed, and why."""
     message_bytes: int
     """Of the largest message of the ring."""
     native: list[bool]

@@ -62,7 +62,9 @@ class RankProcess:
         import torch
 
         from ringserve.model.checkpoint import read_checkpoint
+        from ringserve.model.linear import linear_size, pack_linears
         from ringserve.model.loading import load_checked
+        from ringserve.model.memory import free_bytes
         from ringserve.model.runner import ModelRunner
 
         self._setup, self._rank = setup, setup.rank
@@ -76,11 +78,11 @@ class RankProcess:
         self._runner = runner = ModelRunner(
             model, layers, block_size=config.cache.block_size, segment=config.ring.ring_segment, device=device,
             dtype=dtype, attention=config.model.attention, kv_cache_dtype=config.cache.kv_cache_dtype)
-        linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
+        packing = pack_linears(model, free_bytes(device), config.ring.ring_size)
         self._control.send(RankLoaded(
             rank=setup.rank, groups=runner.groups,
             kv_bytes_per_token=sum(len(group.layers) * group.key_bytes for group in runner.groups),
-            linear_flops_per_token=2.0 * linear,
+            linear_flops_per_token=2.0 * linear_size(model), linear=packing,
             message_bytes=max(self._message_bytes(group, dtype.itemsize) for group in runner.groups),
             native=[choice.layout is not None for choice in runner.choices],
             attention=[f"{_describe(group)}: {choice.words}" for group, choice in zip(runner.groups, runner.choices)]))
