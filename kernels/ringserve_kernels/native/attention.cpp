@@ -102,20 +102,23 @@ inline float from_fp8(uint8_t x) {  // e4m3 without infinities; its bits are fp1
     return x & 0x80 ? -value : value;
 }
 
+// A number of at most seven significant bits, exactly, as an operand of the products.
+template <class B>
+B operand(float value) {
+    if constexpr (sizeof(B) == 2) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return B(bits >> 16);
+    } else {
+        return value;
+    }
+}
+
 template <class B>
 const B* fp8_table() {
     static const auto table = [] {
         std::vector<B> values(256);
-        for (int x = 0; x < 256; ++x) {
-            float value = from_fp8(uint8_t(x));
-            if constexpr (sizeof(B) == 2) {
-                uint32_t bits;
-                std::memcpy(&bits, &value, 4);
-                values[x] = B(bits >> 16);  // exact: four significant bits
-            } else {
-                values[x] = value;
-            }
-        }
+        for (int x = 0; x < 256; ++x) values[x] = operand<B>(from_fp8(uint8_t(x)));
         return values;
     }();
     return table.data();
@@ -127,18 +130,9 @@ void unpack(const void* from, int64_t format, int64_t count, B* to) {
         const B* table = fp8_table<B>();
         const uint8_t* codes = static_cast<const uint8_t*>(from);
         for (int64_t i = 0; i < count; ++i) to[i] = table[codes[i]];
-        return;
-    }
-    const int8_t* numbers = static_cast<const int8_t*>(from);
-    for (int64_t i = 0; i < count; ++i) {
-        float value = float(numbers[i]);
-        if constexpr (sizeof(B) == 2) {
-            uint32_t bits;
-            std::memcpy(&bits, &value, 4);
-            to[i] = B(bits >> 16);  // exact: seven significant bits
-        } else {
-            to[i] = value;
-        }
+    } else {
+        const int8_t* numbers = static_cast<const int8_t*>(from);
+        for (int64_t i = 0; i < count; ++i) to[i] = operand<B>(float(numbers[i]));
     }
 }
 
