@@ -17,8 +17,9 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 capability)."""
 SPILLED_BYTES = 32
 """That a thread may spill: ptxas spills a few registers where that lets another block of threads run beside it."""
-SPILLS = "float32"
-"""fp32 is for checks: its tf32x3 products need more registers than there are."""
+FOR_CHECKS = "float32"
+"""fp32 is for checks: its tf32x3 products need more registers than there are, and find no tensor memory on sm_100."""
+TIMEOUT_S = 1800
 
 Kernels = list[dict[str, int | str]]
 
@@ -28,7 +29,8 @@ def compile_all(tmp_path: Path, *arguments: str) -> Kernels:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-m", "tests.kernels.triton.compiled", "--json", *arguments],
-                          cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                          cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+                          timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -40,7 +42,9 @@ def check(kernels: Kernels) -> None:
         name, arch = str(kernel["name"]), int(kernel["arch"])
         if int(kernel["shared_bytes"]) > SHARED_MEMORY[arch]:
             wrong.append(f"{name} sm_{arch}: {kernel['shared_bytes']} bytes of shared memory")
-        if int(kernel["spilled_bytes"]) > SPILLED_BYTES and SPILLS not in name:
+        if FOR_CHECKS in name:
+            continue
+        if int(kernel["spilled_bytes"]) > SPILLED_BYTES:
             wrong.append(f"{name} sm_{arch}: {kernel['spilled_bytes']} bytes spilled")
         if not kernel[instruction(name, arch)] and name.startswith(("prefill", "few rows", "decode")):
             wrong.append(f"{name} sm_{arch}: no {instruction(name, arch)}")
