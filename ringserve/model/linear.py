@@ -63,7 +63,7 @@ def pack_linears(model: nn.Module, free: int, ranks: int) -> str:
         if not _same(child, packed):
             return "as torch computes them (packed ones gave other numbers here)"
         setattr(parent, name, packed)
-    return f"packed for this CPU ({size / 2**30:.2f} GiB of each rank's own)"
+    return f"packed for this CPU ({size / 2**20:,.0f} MiB of each rank's own)"
 
 
 def _same(linear: nn.Linear, packed: PackedLinear) -> bool:
