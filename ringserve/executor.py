@@ -112,9 +112,8 @@ class LocalExecutor:
         self.linear_flops_per_token = first.linear_flops_per_token
         self._native = [all(wishes) for wishes in zip(*(rank.native for rank in loaded))]
         self.kernels = ["native" if native else "torch" for native in self._native]
-        # What stands in the way of one rank stands in the way of all.
-        against = next((rank for rank in loaded if rank.native != first.native and not all(rank.native)), first)
-        self.attention = against.attention
+        # What stands in the way of one rank stands in the way of all: its words are the ones to show.
+        self.attention = min(loaded, key=lambda rank: sum(rank.native)).attention
         self.linear = first.linear
         self._message_bytes = first.message_bytes
 

@@ -9,8 +9,9 @@ from ringserve_kernels.attention_plan import AttentionPlan, KeyBlocks, RowSpan, 
 from ringserve_kernels.case import Case
 from ringserve_kernels.choice import Choice, choose
 from ringserve_kernels.errors import ArgumentError, KernelUnavailable
-from ringserve_kernels.key_values import KeyValues, NativeLayout
+from ringserve_kernels.key_values import KeyValues
 from ringserve_kernels.merge import merge_attention_states, merge_rows, merge_sink, new_state
+from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.ring import Ring, Ticket
 from ringserve_kernels.ring_attention import ring_attention

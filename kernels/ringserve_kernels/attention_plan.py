@@ -155,6 +155,7 @@ class AttentionPlan:
     """Rows, and the blocks of which they may see a key; neither is empty."""
     window: int | None
     device: torch.device
+    _tables: dict[int, PlanTable] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -170,16 +171,12 @@ class AttentionPlan:
         """For operations that know one rectangle of rows and keys, or a mask."""
         return _cut(self)
 
-    @cached_property
-    def tables(self) -> dict[int, PlanTable]:
-        return {}
-
     def table(self, block: int) -> PlanTable:
-        """For kernels that read a storage in blocks of so many tokens. Raises ArgumentError when a block of the plan
-        does not begin with a block of the storage or is longer."""
-        if block not in self.tables:
-            self.tables[block] = _tabulate(self, block)
-        return self.tables[block]
+        """For kernels that read a storage in blocks of so many tokens. Raises ShapeError when a block of the plan does
+        not begin with a block of the storage or is longer, or a row is none of q's."""
+        if block not in self._tables:
+            self._tables[block] = _tabulate(self, block)
+        return self._tables[block]
 
 
 @dataclass(slots=True)
@@ -201,11 +198,14 @@ def plan_attention(rows: int, sequences: Iterable[tuple[RowSpan, KeyBlocks]], wi
 def _tabulate(plan: AttentionPlan, block: int) -> PlanTable:
     spans, blocks = [s for s, _ in plan.sequences], [b for _, b in plan.sequences]
     counts = np.array([len(s.index) for s in spans], dtype=np.int64)
+    for span in spans:
+        if span.start < 0 or span.start + len(span.index) > plan.rows:
+            raise ShapeError("start", f"{span.start} of {len(span.index)} rows", f"within the {plan.rows} rows of q")
     offset, length = _joined([b.offset for b in blocks]), _joined([b.length for b in blocks])
-    if (offset % block).any():
-        raise ShapeError("offset", offset[offset % block != 0][:8], f"multiples of the block's {block} tokens")
-    if ((length < 1) | (length > block)).any():
-        raise ShapeError("length", length[(length < 1) | (length > block)][:8], f"1 to {block} tokens")
+    if (wrong := (offset % block != 0) | (offset < 0)).any():
+        raise ShapeError("offset", offset[wrong][:8], f"multiples of the block's {block} tokens")
+    if (wrong := (length < 1) | (length > block)).any():
+        raise ShapeError("length", length[wrong][:8], f"1 to {block} tokens")
     return PlanTable(
         row_start=np.array([s.start for s in spans], dtype=np.int64), row_count=counts,
         index_start=np.cumsum(counts) - counts, row_index=_joined([s.index for s in spans]),

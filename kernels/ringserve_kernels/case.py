@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ringserve_kernels.attend import attend
 from ringserve_kernels.attention_plan import KeyBlocks, RowSpan, plan_attention
-from ringserve_kernels.key_values import KeyValues, NativeLayout
+from ringserve_kernels.key_values import KeyValues
+from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.spec import AttentionSpec
 

@@ -22,16 +22,14 @@ import torch
 
 from ringserve_kernels.case import Case
 from ringserve_kernels.errors import KernelUnavailable
-from ringserve_kernels.key_values import NativeLayout
 from ringserve_kernels.native.build import build, cache_directory
+from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.native.library import NativeKernel
 from ringserve_kernels.native.variants import Variant, cpu_model, runnable
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import backend
 
 Wanted = Literal["auto", "native", "torch"]
-LANES = 16
-PACK = {torch.float32: 1, torch.bfloat16: 2}
 BOUND = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-3)}
 """Of the small case: relative RMS of o, and the largest difference of lse."""
 CHUNK, DECODE = (256, 4096), (1, 16384)
@@ -51,7 +49,8 @@ class Choice:
 
 def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, wanted: Wanted) -> Choice:
     """Raises KernelUnavailable when the native kernel is wanted and cannot be had."""
-    torch_path = backend(spec, device, dtype, masked=False)
+    torch_path = " and, where masked, ".join(dict.fromkeys(backend(spec, device, dtype, masked)
+                                                            for masked in (False, True)))
     if wanted == "torch":
         return Choice(None, f"{torch_path} (as asked for)")
     against: dict[str, list[str]] = {}
@@ -59,7 +58,7 @@ def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block:
     refusal = _refusal(spec, dtype, device, block)
     for variant in [] if refusal else runnable():
         try:
-            layout = NativeLayout(_kernel(variant), block, PACK[dtype])
+            layout = NativeLayout(_kernel(variant), block, dtype)
             _verify(layout, spec, dtype)
         except KernelUnavailable as error:
             against.setdefault(str(error), []).append(variant.name)
@@ -78,24 +77,17 @@ def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block:
 
 
 def _refusal(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int) -> str | None:
-    """What the native kernel cannot take."""
+    """Why the native kernel is not even tried."""
     if device.type != "cpu":
         return f"it is for CPUs, not {device.type}"
     if not runnable():
         return "this CPU has neither AVX2 nor AVX-512"
-    if dtype not in PACK:
-        return f"it computes in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if spec.key_dim % PACK[dtype] or spec.value_dim % LANES or block % LANES:
-        return (f"it needs value dims and block sizes that are multiples of {LANES} and even key dims, "
-                f"not {spec.value_dim}, {block} and {spec.key_dim}")
-    if spec.scale <= 0:
-        return f"it needs a positive scale, not {spec.scale:g}"
-    return None
+    return NativeLayout.refusal(spec, dtype, block)
 
 
 @cache
 def _kernel(variant: Variant) -> NativeKernel:
-    kernel = NativeKernel(build(variant), variant.name)
+    kernel = NativeKernel(build(variant))
     if not kernel.shares_threads_with_torch():
         raise KernelUnavailable("it would bring a second OpenMP runtime into the process")
     return kernel

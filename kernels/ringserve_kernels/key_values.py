@@ -8,33 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringserve_kernels.errors import DtypeError, ShapeError
-from ringserve_kernels.native.library import NativeKernel
+from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
+from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.quantize import LARGEST, dequantize, quantize
 
 
 @dataclass(frozen=True, slots=True)
-class NativeLayout:
-    """Blocks as the native kernel reads them (native/attention.h): of `block` tokens, `pack` of a product's steps
-    side by side. Only that kernel reads and writes them; whole blocks may be copied by anybody."""
-
-    kernel: NativeKernel
-    block: int
-    pack: int
-    """2 for bf16 queries, 1 for fp32."""
-
-    def check(self, dtype: torch.dtype, tokens: int) -> None:
-        """Raises ArgumentError unless queries of `dtype` read a storage of so many tokens in this layout."""
-        wanted = torch.float32 if self.pack == 1 else torch.bfloat16
-        if dtype != wanted:
-            raise DtypeError("q_THD", dtype, f"{wanted}, for which the keys were laid out")
-        if tokens % self.block:
-            raise ShapeError("k_KPD", f"of {tokens} tokens", f"whole blocks of {self.block}")
-
-
-@dataclass(frozen=True, slots=True)
 class KeyValues:
-    """Head-major, so that the keys of one head in adjacent slots are one contiguous run."""
+    """Head-major, so that the keys of one head in adjacent slots are one contiguous run. Raises ArgumentError for
+    tensors that cannot be one storage."""
 
     k_KPD: Tensor
     v_KPD: Tensor
@@ -42,6 +24,27 @@ class KeyValues:
     """Of quantized keys and values (`quantize`), fp32."""
     layout: NativeLayout | None = None
     """None: token after token."""
+
+    def __post_init__(self) -> None:
+        k, v = self.k_KPD, self.v_KPD
+        if k.dim() != 3:
+            raise ShapeError("k_KPD", tuple(k.shape), "(heads, tokens, dim)")
+        if v.dim() != 3 or v.shape[:2] != k.shape[:2]:
+            raise ShapeError("v_KPD", tuple(v.shape), f"({k.shape[0]}, {k.shape[1]}, dim), as k_KPD has")
+        if v.dtype != k.dtype:
+            raise DtypeError("v_KPD", v.dtype, f"k_KPD's, {k.dtype}")
+        if v.device != k.device:
+            raise DeviceError("v_KPD", f"on {v.device}", f"k_KPD's, {k.device}")
+        if (k.dtype in LARGEST) != (self.scales_KP is not None):
+            raise DtypeError("k_KPD", f"{k.dtype} with{'' if self.scales_KP else 'out'} scales",
+                             f"{', '.join(map(str, LARGEST))} with scales, others without")
+        for scale in self.scales_KP or ():
+            if scale.shape != k.shape[:2] or scale.dtype != torch.float32 or scale.stride(1) != 1:
+                raise StrideError("scales_KP", f"{tuple(scale.shape)} of {scale.dtype}, strided by {scale.stride()}",
+                                  f"{tuple(k.shape[:2])} of torch.float32, the tokens of a head adjacent")
+        if self.layout is not None:
+            self.layout.check_storage("k_KPD", k)
+            self.layout.check_storage("v_KPD", v)
 
     @property
     def granule(self) -> int:
@@ -77,21 +80,32 @@ class KeyValues:
         return KeyValues(k, v, (laid[0].squeeze(-1), laid[1].squeeze(-1)) if self.scales_KP else None, self.layout)
 
     def write(self, k_KTD: Tensor, v_KTD: Tensor, where_T: Tensor) -> None:
-        """Store keys and values at these token offsets (int64), quantized if that is how they lie here."""
-        if self.scales_KP is not None:
-            for x, own, scale_KP in zip((k_KTD, v_KTD), (self.k_KPD, self.v_KPD), self.scales_KP):
-                codes, scale = quantize(x, own.dtype)
-                scale_KP.index_copy_(1, where_T, scale)
-                self._place(codes, own, where_T)
-            return
-        self._place(k_KTD, self.k_KPD, where_T)
-        self._place(v_KTD, self.v_KPD, where_T)
+        """Store keys and values at these token offsets (int64), quantized if that is how they lie here.
 
-    def _place(self, x_KTD: Tensor, own_KPD: Tensor, where_T: Tensor) -> None:
+        Raises ArgumentError for another shape or dtype; for an offset outside the storage too in the native layout,
+        torch's IndexError otherwise."""
+        for name, x, own in (("k_KTD", k_KTD, self.k_KPD), ("v_KTD", v_KTD, self.v_KPD)):
+            shape = (own.shape[0], len(where_T), own.shape[2])
+            if tuple(x.shape) != shape:
+                raise ShapeError(name, tuple(x.shape), shape)
+            if self.scales_KP is None and x.dtype != own.dtype:
+                raise DtypeError(name, x.dtype, f"the storage's, {own.dtype}")
+        if where_T.dtype != torch.int64:
+            raise DtypeError("where_T", where_T.dtype, torch.int64)
+        if self.scales_KP is not None:
+            codes = []
+            for x, own, scale_KP in zip((k_KTD, v_KTD), (self.k_KPD, self.v_KPD), self.scales_KP):
+                quantized, scale = quantize(x, own.dtype)
+                scale_KP.index_copy_(1, where_T, scale)
+                codes.append(quantized)
+            k_KTD, v_KTD = codes
+        self._place(k_KTD, self.k_KPD, where_T, is_value=False)
+        self._place(v_KTD, self.v_KPD, where_T, is_value=True)
+
+    def _place(self, x_KTD: Tensor, own_KPD: Tensor, where_T: Tensor, is_value: bool) -> None:
         if self.layout is not None:
-            self.layout.kernel.store(x_KTD, own_KPD, where_T, block=self.layout.block, pack=self.layout.pack,
-                                     is_value=own_KPD is self.v_KPD)
-        elif own_KPD.dtype in LARGEST:
+            self.layout.write(x_KTD, own_KPD, where_T, is_value)
+        elif own_KPD.dtype in LARGEST:  # index_copy_ knows no fp8
             own_KPD.view(torch.uint8).index_copy_(1, where_T, x_KTD.view(torch.uint8))
         else:
             own_KPD.index_copy_(1, where_T, x_KTD)

@@ -1,6 +1,7 @@
 """What a rank measures of its machine at start: attention speed and the link to the next rank."""
 
 import time
+from dataclasses import replace
 
 import torch
 from ringserve_kernels import Case
@@ -14,9 +15,10 @@ ROUNDS = 3
 
 
 def attention_flops(runner: ModelRunner) -> float:
-    """FLOP/s of a chunk's attention in the model's widest-seeing layer."""
+    """FLOP/s of a chunk's attention in the model's widest-seeing layer, without its window: only then is the work what
+    the products of all rows and keys are."""
     number, spec = max(enumerate(layer.spec for layer in runner.layers), key=lambda s: s[1].window or 1 << 62)
-    case = Case(spec, runner.dtype, PROBE_ROWS, PROBE_KEYS, runner.block_size, runner.device)
+    case = Case(replace(spec, window=None), runner.dtype, PROBE_ROWS, PROBE_KEYS, runner.block_size, runner.device)
     run = case.run(runner.layout_of(number))
     best = float("inf")
     for _ in range(ROUNDS):

@@ -28,7 +28,7 @@ class Backend:
     def layout(self, dtype: torch.dtype, block: int) -> NativeLayout | None:
         if self.variant is None:
             return None
-        return NativeLayout(_kernel(self.variant, self.extra), block, 1 if dtype is torch.float32 else 2)
+        return NativeLayout(_kernel(self.variant, self.extra), block, dtype)
 
     def __str__(self) -> str:
         return self.name
@@ -38,7 +38,7 @@ class Backend:
 def _kernel(variant: Variant, extra: tuple[str, ...]) -> NativeKernel:
     library = build(variant, extra)
     try:
-        return NativeKernel(library, variant.name)
+        return NativeKernel(library)
     except KernelUnavailable as error:
         if "does not let this process" in str(error):  # the system's word, not ours
             pytest.skip(str(error))

@@ -35,7 +35,7 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @needs_variant
 def test_the_faster_one_is_taken_and_said(ratios: list[float]) -> None:
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
-    assert chosen.layout is not None and chosen.layout.pack == 2
+    assert chosen.layout is not None and chosen.layout.dtype is torch.bfloat16
     assert chosen.words == f"native {chosen.layout.kernel.name} (2 times torch's speed in prefill, 3 in decode)"
     ratios[:] = [0.5, 1.5]
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
@@ -54,8 +54,9 @@ def test_what_is_asked_for_is_taken(ratios: list[float]) -> None:
 @needs_variant
 @pytest.mark.parametrize("spec, dtype, block, reason", [
     (SPEC, torch.float64, 64, "it computes in float32 and bfloat16, not float64"),
-    (SPEC, torch.bfloat16, 40, "multiples of 16"),
-    (make_spec(dim=24), torch.float32, 64, "multiples of 16"),
+    (SPEC, torch.bfloat16, 40, "a multiple of 16 tokens up to 256, not 40"),
+    (SPEC, torch.bfloat16, 512, "a multiple of 16 tokens up to 256, not 512"),
+    (make_spec(dim=24), torch.float32, 64, "multiples of 16, not 24 and 24"),
 ])
 def test_what_it_cannot_take_goes_to_torch(spec: choice.AttentionSpec, dtype: torch.dtype, block: int,
                                            reason: str) -> None:

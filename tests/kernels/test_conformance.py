@@ -24,8 +24,8 @@ from tests.kernels.backends import BACKENDS, NATIVE, Backend
 from tests.kernels.bounds import assert_close, relative_rms
 from tests.kernels.shards import Batch, Shards, cases, make_spec
 
-QUICK = settings(max_examples=40, deadline=None)
-FEW = settings(max_examples=20, deadline=None)
+QUICK = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=30, deadline=None)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -305,3 +305,45 @@ class TestRefusals:
         blocks = KeyBlocks(np.array([0]), np.array([length]), np.array([offset]))
         with pytest.raises(ArgumentError, match=message):
             self._attend(backend, blocks=blocks)
+
+    @pytest.mark.parametrize("backend", NATIVE)
+    def test_rows_that_the_queries_do_not_have(self, backend: Backend) -> None:
+        shards = Shards(Batch(lengths=((20, 1),)), self.SPEC, backend)
+        plan = plan_attention(1, [(RowSpan(1, np.array([20])), shards.sequences[0].blocks[0])], None)
+        with pytest.raises(ArgumentError, match="start is 1 of 1 rows; allowed: within the 1 rows of q"):
+            attend(shards.q_THD, shards.stores[0], plan, self.SPEC)
+
+    @every_backend
+    @pytest.mark.parametrize(("o", "lse", "message"), [
+        (torch.zeros(1, 4, 16), torch.zeros(1, 4), r"into\[0\] is \(1, 4, 16\); allowed: \(1, 4, 32\)"),
+        (torch.zeros(1, 4, 32), torch.zeros(4), r"into\[1\] is \(4,\); allowed: \(1, 4\)"),
+        (torch.zeros(1, 4, 32, dtype=torch.bfloat16), torch.zeros(1, 4), r"into\[0\] is torch.bfloat16; allowed: .*32"),
+        (torch.zeros(1, 4, 64)[..., ::2], torch.zeros(1, 4), r"into\[0\] is strided by .* allowed: .* adjacent")])
+    def test_accumulators_that_cannot_be(self, backend: Backend, o: torch.Tensor, lse: torch.Tensor,
+                                         message: str) -> None:
+        shards = Shards(Batch(lengths=((20, 1),)), self.SPEC, backend)
+        with pytest.raises(ArgumentError, match=message):
+            shards.attend(0, into=(o, lse))
+
+    @every_backend
+    @pytest.mark.parametrize("where", [-1, 1 << 20])
+    def test_nothing_is_written_outside_the_storage(self, backend: Backend, where: int) -> None:
+        store = Shards(Batch(lengths=((20, 1),)), self.SPEC, backend).stores[0]
+        before = store.k_KPD.clone(), store.v_KPD.clone()
+        new = torch.ones(store.k_KPD.shape[0], 2, 32)
+        with pytest.raises((ArgumentError, IndexError)):
+            store.write(new, new, torch.tensor([3, where]))
+        if backend.native:
+            assert all(torch.equal(x.nan_to_num(7), own.nan_to_num(7))
+                       for x, own in zip(before, (store.k_KPD, store.v_KPD)))
+
+    def test_tensors_that_are_no_storage(self) -> None:
+        k, scale = torch.zeros(2, 64, 32), torch.zeros(2, 64)
+        for arguments, message in [
+                ((k[0], k[0]), r"k_KPD is \(64, 32\)"), ((k, k[:, :32]), r"v_KPD is \(2, 32, 32\)"),
+                ((k, k.bfloat16()), "v_KPD is torch.bfloat16; allowed: k_KPD's, torch.float32"),
+                ((k.to(torch.int8), k.to(torch.int8)), "k_KPD is torch.int8 without scales"),
+                ((k, k, (scale, scale)), "k_KPD is torch.float32 with scales"),
+                ((k.to(torch.int8), k.to(torch.int8), (scale, scale[:, :32])), r"scales_KP is \(2, 32\)")]:
+            with pytest.raises(ArgumentError, match=message):
+                KeyValues(*arguments)

@@ -23,7 +23,8 @@
 namespace ringserve {
 namespace {
 
-constexpr int CHUNK = 256;          // keys
+constexpr int CHUNK = 256;          // keys, and the largest block
+constexpr int MOST_BLOCKS = CHUNK / 16;
 constexpr int TASK_ROWS = 192;      // packed rows whose O (fp32) and Q lie in the second cache
 constexpr int FEW_ROWS = 128;       // sequences of at most so many packed rows have their keys split into pieces
 constexpr int PIECE = 4096;         // keys; fixed, so that a sequence's result depends on nothing else in the batch
@@ -53,9 +54,9 @@ struct Task {
     int64_t part;  // number of its partial result, -1: merged into the accumulators at once
 };
 
-// Pieces of one head's keys: partials part, part + 1, ... of these rows.
+// Pieces of one head's keys: partials part, part + 1, ... of the sequence's rows.
 struct Split {
-    int64_t sequence, head, row_from, row_to, part, parts;
+    int64_t sequence, head, part, parts;
 };
 
 template <class F>
@@ -68,9 +69,9 @@ struct Scratch {
     Buffer<int64_t> index;
 };
 
-struct Accumulators {
+// A partial result: [rows, value_dim] and [rows].
+struct Part {
     float *o, *lse;
-    int64_t o_stride, lse_stride;
 };
 
 // Merge one row's partial over other keys: m = max(l, l'), o = (e^(l-m) o + e^(l'-m) o') / sum, l = m + log(sum).
@@ -89,10 +90,9 @@ inline void merge_row(float* o, float* lse, const float* part_o, float part_lse,
 template <class F>
 struct Chunk {
     int blocks = 0;
-    const typename F::B* k[CHUNK];
-    const typename F::B* v[CHUNK];
-    int64_t first[CHUNK], length[CHUNK];
-    const float *k_scale[CHUNK], *v_scale[CHUNK];
+    const typename F::B *k[MOST_BLOCKS], *v[MOST_BLOCKS];
+    int64_t first[MOST_BLOCKS], length[MOST_BLOCKS];
+    const float *k_scale[MOST_BLOCKS], *v_scale[MOST_BLOCKS];
 };
 
 inline float from_fp8(uint8_t x) {  // e4m3 without infinities; its bits are fp16's, but for the bias
@@ -141,10 +141,10 @@ class Worker {
   public:
     explicit Worker(const RingserveAttention& call) : call(call), group(call.heads / call.kv_heads) {
         quantized = call.kv_format == RINGSERVE_INT8 || call.kv_format == RINGSERVE_FP8;
-        strip_scale = float(call.softcap > 0 ? LOG2E : call.scale * LOG2E);
+        score_scale = float(call.softcap > 0 ? LOG2E : call.scale * LOG2E);
     }
 
-    void run(const Task& task, Accumulators part) {
+    void run(const Task& task, Part part) {
         rows = (task.row_to - task.row_from) * group;
         take_rows(task);
         for (int64_t block = task.block_from; block < task.block_to;) {
@@ -160,7 +160,7 @@ class Worker {
     const RingserveAttention& call;
     const int64_t group;
     bool quantized;
-    float strip_scale;
+    float score_scale;
     int64_t rows = 0, padded_rows = 0, depth = 0;
     static thread_local Scratch<F> scratch;
     Chunk<F> chunk;
@@ -203,7 +203,7 @@ class Worker {
         }
         float* o = scratch.o.room(padded_rows * call.value_dim);
         std::memset(o, 0, padded_rows * call.value_dim * sizeof(float));
-        std::fill_n(scratch.top.room(padded_rows + MOST_STRIP), padded_rows, NEVER);
+        std::fill_n(scratch.top.room(padded_rows), padded_rows, NEVER);
         std::fill_n(scratch.total.room(padded_rows), padded_rows, 0.0f);
         std::fill_n(scratch.divisor.room(padded_rows), padded_rows, 0.0f);
         scratch.scores.room(MOST_STRIP * CHUNK);
@@ -285,9 +285,9 @@ class Worker {
         using B = typename F::B;
         const int64_t size = call.block;
         const int64_t* index = scratch.index.data + row;
-        const B *k[CHUNK], *v[CHUNK];
-        int which[CHUNK], blocks = 0;
-        bool whole[CHUNK];
+        const B *k[MOST_BLOCKS], *v[MOST_BLOCKS];
+        int which[MOST_BLOCKS], blocks = 0;
+        bool whole[MOST_BLOCKS];
         for (int i = 0; i < chunk.blocks; ++i) {
             int64_t low, high, last_low, last_high;
             seen(i, index[0], low, high);
@@ -378,14 +378,14 @@ class Worker {
     template <int R>
     void weigh(int64_t row, const int* which, int blocks, float* decay) {
         const int64_t keys = blocks * call.block;
-        const Vec scale = Vec::all(strip_scale);
+        const Vec scale = Vec::all(score_scale);
         float* top = scratch.top.data + row;
-        alignas(64) float shift[MOST_STRIP + Vec::lanes];
+        float shift[R];
         for (int r = 0; r < R; ++r) {
             const float* scores = scratch.scores.data + r * CHUNK;
             Vec best = Vec::load(scores);
             for (int64_t j = Vec::lanes; j < keys; j += Vec::lanes) best = max(best, Vec::load(scores + j));
-            const float now = std::max(top[r], best.top() * strip_scale);
+            const float now = std::max(top[r], best.top() * score_scale);
             shift[r] = now == NEVER ? 0.0f : -now;
             decay[r] = top[r] + shift[r];
             top[r] = now;
@@ -424,7 +424,7 @@ class Worker {
         }
     }
 
-    void give(const Task& task, Accumulators part) {
+    void give(const Task& task, Part part) {
         const int64_t dim = call.value_dim;
         for (int64_t row = 0; row < rows; ++row) {
             const float total = scratch.total.data[row];
@@ -481,7 +481,7 @@ void attend(const RingserveAttention& call) {
                 int64_t from, to;
                 reach(call, s, 0, count, from, to);
                 const int64_t parts = (to - from + piece - 1) / piece;
-                if (parts > 1) splits.push_back({s, head, 0, count, int64_t(part_at.size()), parts});
+                if (parts > 1) splits.push_back({s, head, int64_t(part_at.size()), parts});
                 for (int64_t i = 0; i < parts; ++i) {
                     tasks.push_back({s, head, 0, count, from + i * piece, std::min(to, from + (i + 1) * piece),
                                      parts > 1 ? int64_t(part_at.size()) : -1});
@@ -501,8 +501,7 @@ void attend(const RingserveAttention& call) {
     float* parts_o = part_o.room(part_rows * call.value_dim);
     float* parts_lse = part_lse.room(part_rows);
     const auto part_of = [&](int64_t part) {
-        return part < 0 ? Accumulators{} : Accumulators{parts_o + part_at[part] * call.value_dim,
-                                                        parts_lse + part_at[part], 0, 0};
+        return part < 0 ? Part{} : Part{parts_o + part_at[part] * call.value_dim, parts_lse + part_at[part]};
     };
     const int64_t count = tasks.size();
 #pragma omp parallel num_threads(int(call.threads)) if (call.threads > 1 && count > 1)
@@ -518,11 +517,11 @@ void attend(const RingserveAttention& call) {
 #endif
     }
     for (const Split& split : splits)
-        for (int64_t row = 0; row < (split.row_to - split.row_from) * group; ++row) {
-            const int64_t t = call.row_start[split.sequence] + split.row_from + row / group;
+        for (int64_t row = 0; row < call.row_count[split.sequence] * group; ++row) {
+            const int64_t t = call.row_start[split.sequence] + row / group;
             const int64_t h = split.head * group + row % group;
             for (int64_t part = split.part; part < split.part + split.parts; ++part) {
-                const Accumulators from = part_of(part);
+                const Part from = part_of(part);
                 merge_row(call.o + t * call.o_row_stride + h * call.o_head_stride,
                           call.lse + t * call.lse_row_stride + h * call.lse_head_stride,
                           from.o + row * call.value_dim, from.lse[row], 1.0f, call.value_dim);
@@ -575,12 +574,15 @@ void ringserve_attend(const RingserveAttention* call) {
         ringserve::attend<ringserve::Pair>(*call);
 }
 
-void ringserve_store(const RingserveStore* call) {
+int64_t ringserve_store(const RingserveStore* call) {
+    for (int64_t t = 0; t < call->tokens; ++t)
+        if (call->where[t] < 0 || call->where[t] >= call->target_tokens) return t;
     switch (call->element_size) {
-        case 1: return ringserve::store<uint8_t>(*call);
-        case 2: return ringserve::store<uint16_t>(*call);
-        case 4: return ringserve::store<uint32_t>(*call);
+        case 1: ringserve::store<uint8_t>(*call); break;
+        case 2: ringserve::store<uint16_t>(*call); break;
+        case 4: ringserve::store<uint32_t>(*call); break;
     }
+    return -1;
 }
 
 int64_t ringserve_threads() { return omp_get_max_threads(); }

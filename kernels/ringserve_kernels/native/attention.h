@@ -22,7 +22,8 @@ struct RingserveAttention {
     int64_t o_row_stride, o_head_stride;
     float* lse;
     int64_t lse_row_stride, lse_head_stride;
-    int64_t heads, kv_heads, key_dim, value_dim, block;
+    int64_t heads, kv_heads, key_dim, value_dim;
+    int64_t block;                              // tokens: a multiple of 16 up to 256
     int64_t sequences;
     const int64_t* row_start;                   // [sequences] first row in q
     const int64_t* row_count;                   // [sequences]
@@ -41,13 +42,13 @@ struct RingserveStore {
     const void* source;                         // [heads, tokens, dim], the last adjacent
     void* target;
     const int64_t* where;                       // [tokens] token offset in the storage
-    int64_t element_size, pack, heads, tokens, dim, block, source_head_stride, source_token_stride,
+    int64_t element_size, pack, heads, tokens, dim, block, target_tokens, source_head_stride, source_token_stride,
         target_head_stride, is_value, threads;
 };
 
 const char* ringserve_variant();
 int ringserve_prepare();                        // 0, or why this process may not use the variant
 void ringserve_attend(const RingserveAttention* call);
-void ringserve_store(const RingserveStore* call);
+int64_t ringserve_store(const RingserveStore* call);  // -1, or which token's `where` is not in the storage
 int64_t ringserve_threads();                    // of the pool it would use: torch's own, if all is well
 }

@@ -32,26 +32,29 @@ class _Attention(ctypes.Structure):
 
 
 class _Store(ctypes.Structure):
-    _fields_ = [("source", _PTR), ("target", _PTR), ("where", _PTR), ("element_size", _INT), ("pack", _INT),
-                ("heads", _INT), ("tokens", _INT), ("dim", _INT), ("block", _INT), ("source_head_stride", _INT),
-                ("source_token_stride", _INT), ("target_head_stride", _INT), ("is_value", _INT), ("threads", _INT)]
+    _fields_ = [
+        ("source", _PTR), ("target", _PTR), ("where", _PTR), ("element_size", _INT), ("pack", _INT), ("heads", _INT),
+        ("tokens", _INT), ("dim", _INT), ("block", _INT), ("target_tokens", _INT), ("source_head_stride", _INT),
+        ("source_token_stride", _INT), ("target_head_stride", _INT), ("is_value", _INT), ("threads", _INT)]
 
 
 class NativeKernel:
     """One compiled variant. Raises KernelUnavailable when it cannot be loaded or this process may not use it."""
 
-    def __init__(self, library: Path, name: str) -> None:
-        self.name, self.file = name, library
+    def __init__(self, library: Path) -> None:
+        self.file = library
         try:
             self._library = ctypes.CDLL(str(library))
         except OSError as error:
             raise KernelUnavailable(f"{library} cannot be loaded: {error}") from None
-        for function in (self._library.ringserve_attend, self._library.ringserve_store):
-            function.argtypes, function.restype = [ctypes.c_void_p], None
+        self._library.ringserve_attend.argtypes, self._library.ringserve_attend.restype = [_PTR], None
+        self._library.ringserve_store.argtypes, self._library.ringserve_store.restype = [_PTR], _INT
         self._library.ringserve_threads.restype = _INT
+        self._library.ringserve_variant.restype = ctypes.c_char_p
+        self.name: str = self._library.ringserve_variant().decode()
         refused = self._library.ringserve_prepare()
         if refused:
-            raise KernelUnavailable(f"the system does not let this process use {name} (error {refused})")
+            raise KernelUnavailable(f"the system does not let this process use {self.name} (error {refused})")
 
     def shares_threads_with_torch(self) -> bool:
         """Whether its threads are torch's own: both would otherwise spin on the same cores."""
@@ -60,7 +63,7 @@ class NativeKernel:
     def attend(self, q_THD: Tensor, k_KPD: Tensor, v_KPD: Tensor, scales: tuple[Tensor, Tensor] | None, block: int,
                table: PlanTable, spec: AttentionSpec, o_THD: Tensor, lse_TH: Tensor) -> None:
         """Attention of the table's rows over its blocks, merged into the accumulators. Arguments are checked by
-        `attend`."""
+        `attend` and by who made them."""
         if table.is_empty:
             return
         if q_THD.stride(2) != 1:
@@ -84,14 +87,18 @@ class NativeKernel:
         self._library.ringserve_attend(ctypes.byref(call))
 
     def store(self, source_KTD: Tensor, target_KPD: Tensor, where_T: Tensor, *, block: int, pack: int,
-              is_value: bool) -> None:
-        """Write tokens into blocks as `attend` reads them. `where_T` int64: token offsets in the storage."""
+              is_value: bool) -> int | None:
+        """Write tokens into blocks as `attend` reads them. `where_T` int64: token offsets in the storage; the first
+        that is not in it is returned, and nothing is written then."""
         if source_KTD.stride(2) != 1:
             source_KTD = source_KTD.contiguous()
+        where_T = where_T.contiguous()
         heads, tokens, dim = source_KTD.shape
         call = _Store(
             source=source_KTD.data_ptr(), target=target_KPD.data_ptr(), where=where_T.data_ptr(),
             element_size=source_KTD.element_size(), pack=pack, heads=heads, tokens=tokens, dim=dim, block=block,
+            target_tokens=target_KPD.shape[1],
             source_head_stride=source_KTD.stride(0), source_token_stride=source_KTD.stride(1),
             target_head_stride=target_KPD.stride(0), is_value=int(is_value), threads=torch.get_num_threads())
-        self._library.ringserve_store(ctypes.byref(call))
+        bad = int(self._library.ringserve_store(ctypes.byref(call)))
+        return int(where_T[bad]) if bad >= 0 else None

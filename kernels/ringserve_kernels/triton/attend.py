@@ -24,7 +24,7 @@ from ringserve_kernels.triton.quantized import (
 )
 from ringserve_kernels.triton.reduction import reduction_kernel
 from ringserve_kernels.triton.table import PagedTable, TileItems
-from ringserve_kernels.triton.tiling import attention_tiling
+from ringserve_kernels.triton.tiling import attention_tiling, fp32_precision
 
 LARGEST_DIM = 256
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -108,7 +108,7 @@ def _tiles_launch(q_THD: Tensor, k: Storage, v: Storage, table: PagedTable, tile
          "TILE_ROWS": tiles.tile_rows, "TILE_KEYS": tiling.tile_keys, "FORMAT": format_,
          "CODE_UNIT": CODE_UNIT[format_], "WINDOWED": spec.window is not None,
          "SOFTCAPPED": spec.softcap is not None, "CONTINUE": not tiles.split,
-         "UPCAST": INTERPRETED and q_THD.dtype == torch.bfloat16, "PRECISION": "tf32x3"},
+         "UPCAST": INTERPRETED and q_THD.dtype == torch.bfloat16, "PRECISION": fp32_precision(capability)},
         tiling.num_warps, tiling.num_stages)
 
 

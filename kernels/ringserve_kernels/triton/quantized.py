@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ringserve_kernels.errors import StrideError
+from ringserve_kernels.quantize import LARGEST
 from ringserve_kernels.triton.arguments import check_device, check_rows_contiguous, check_tensor
 from ringserve_kernels.triton.launch import Launch
 
@@ -24,7 +25,6 @@ INT8 = tl.constexpr(1)
 FP8_BY_BITS = tl.constexpr(2)
 FP8_IN_HARDWARE = tl.constexpr(3)
 
-LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE_DTYPES = (torch.float32, torch.float16)
 WRITTEN_TOKENS = 16
 """Tokens of one program of the writing kernel."""
@@ -137,13 +137,13 @@ def quantize_launch(x_TKD: Tensor, slot_T: Tensor, into: Quantized) -> Launch:
         quantize_kernel, (triton.cdiv(tokens, WRITTEN_TOKENS), heads),
         (x_TKD, *x_TKD.stride()[:2], slot_T, codes, *codes.stride()[:2], into.scale_KP, into.scale_KP.stride(0),
          tokens),
-        {"LARGEST": LARGEST_CODE[dtype], "IS_INT8": dtype == torch.int8, "DIM": dim,
+        {"LARGEST": LARGEST[dtype], "IS_INT8": dtype == torch.int8, "DIM": dim,
          "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": WRITTEN_TOKENS})
 
 
 def check_quantized(name: str, cache: Quantized, heads: int, dim: int, device: torch.device) -> None:
     """Raise an ArgumentError unless this is a quantized cache of these heads and this head dim."""
-    check_tensor(f"{name}.codes_KPD", cache.codes_KPD, (heads, None, dim), list(LARGEST_CODE), device)
+    check_tensor(f"{name}.codes_KPD", cache.codes_KPD, (heads, None, dim), list(LARGEST), device)
     check_tensor(f"{name}.scale_KP", cache.scale_KP, (heads, cache.codes_KPD.shape[1]), SCALE_DTYPES, device)
     check_rows_contiguous(f"{name}.codes_KPD", cache.codes_KPD)
     if cache.scale_KP.stride(1) != 1:

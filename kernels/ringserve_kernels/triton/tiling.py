@@ -13,6 +13,12 @@ class Tiling:
     """Tiles of K and V in flight."""
 
 
+def fp32_precision(capability: tuple[int, int]) -> str:
+    """How fp32 numbers are multiplied. Three tf32 products; but for sm_100 Triton 3.7.1, which torch 2.13 brings, makes
+    empty kernels of them in wide tiles, which write nothing: there, plain fp32."""
+    return "ieee" if capability >= (10, 0) else "tf32x3"
+
+
 def attention_tiling(tile_rows: int, padded_dim: int, element_size: int, quantized: bool,
                      capability: tuple[int, int]) -> Tiling:
     """For `tile_rows` packed rows of queries of `element_size` bytes, the larger of the padded head dims, and a

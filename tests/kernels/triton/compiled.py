@@ -44,7 +44,9 @@ class Compiled:
     tcgen05: int
     """of the tensor memory of sm_100,"""
     mma: int
-    """of a warp."""
+    """of a warp,"""
+    fma: int
+    """and products of single fp32 numbers."""
 
 
 class AbsentGpu:
@@ -74,7 +76,7 @@ def compiled(name: str, launch: Launch, arch: int) -> Compiled:
         name, arch, _number(r"Used (\d+) registers", log.getvalue()),
         _number(r"(\d+) bytes spill stores", log.getvalue()), kernel.metadata.shared,
         len(re.findall(r"wgmma\.mma_async", ptx)), len(re.findall(r"tcgen05\.mma", ptx)),
-        len(re.findall(r"\bmma\.sync", ptx)))
+        len(re.findall(r"\bmma\.sync", ptx)), len(re.findall(r"\bfma\.rn\.f32", ptx)))
 
 
 def _number(pattern: str, log: str) -> int:
@@ -180,7 +182,7 @@ def launches(arch: int, every: bool) -> dict[str, Launch]:
     return found | {name: launch for name, launch in others() if every or name.endswith("d128")}
 
 
-COLUMNS = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "wgmma", "tcgen05.mma", "mma.sync")
+COLUMNS = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "wgmma", "tcgen05.mma", "mma.sync", "fma")
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """Wrong arguments are refused by name, with what is allowed; nothing is converted or copied silently."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +22,6 @@ from ringserve_kernels.triton import (
     triton_gather,
     triton_merge,
 )
-from ringserve_kernels.triton.arguments import INTERPRETED
 
 from tests.kernels.shards import make_spec
 from tests.kernels.triton.paged import DEVICE
@@ -96,7 +98,18 @@ def test_dims_beyond_the_kernels_are_refused() -> None:
                       page_table(1, [(SPAN, BLOCKS)], spec, 16, DEVICE), spec)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
 def test_the_cpu_is_refused_where_kernels_are_compiled() -> None:
-    with pytest.raises(DeviceError, match="TRITON_INTERPRET"):
-        attend(q_THD=tensor(1, 4, 32, device=torch.device("cpu")))()
+    """In a process of its own, because in this one they are interpreted."""
+    code = """
+import torch
+from ringserve_kernels.errors import DeviceError
+from ringserve_kernels.triton.arguments import check_device
+try:
+    check_device("q_THD", torch.zeros(1))
+except DeviceError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("q_THD is on cpu; allowed: a CUDA device"), done
+    assert "TRITON_INTERPRET=1" in done.stdout

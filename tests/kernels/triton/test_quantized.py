@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from ringserve_kernels import reference_attention
+from ringserve_kernels.quantize import LARGEST
 from ringserve_kernels.triton import Quantized, quantize_write
-from ringserve_kernels.triton.quantized import LARGEST_CODE
 from torch import Tensor
 
 from tests.kernels.bounds import assert_close, relative_rms
@@ -24,7 +24,7 @@ def empty_cache(heads: int, tokens: int, dim: int, codes: torch.dtype, scale: to
 def codes_of(x_TKD: Tensor, scale_KT: Tensor, codes: torch.dtype) -> Tensor:
     """By plain torch, [K, T, D]."""
     scaled = x_TKD.transpose(0, 1).float() / scale_KT.float()[:, :, None]
-    largest = LARGEST_CODE[codes]
+    largest = LARGEST[codes]
     scaled = scaled.nan_to_num(0.0).clamp(-largest, largest)
     return (scaled.round() if codes == torch.int8 else scaled).to(codes)
 
@@ -42,7 +42,7 @@ def test_codes_and_scales_are_torchs(codes: torch.dtype, scale: torch.dtype, dty
     cache = empty_cache(2, 100, 80, codes, scale)
     quantize_write(x, slots, cache)
     written = cache.scale_KP[:, slots]
-    expected = (x.float().abs().amax(-1) / LARGEST_CODE[codes]).T
+    expected = (x.float().abs().amax(-1) / LARGEST[codes]).T
     torch.testing.assert_close(written, expected.to(scale), rtol=1e-6 if scale is torch.float32 else 1e-3, atol=0)
     assert torch.equal(cache.codes_KPD[:, slots].float(), codes_of(x, written, codes).float())
     others = torch.ones(100, dtype=torch.bool)
