@@ -65,6 +65,7 @@ class RankProcess:
         from ringserve.model.linear import linear_size, pack_linears
         from ringserve.model.loading import load_checked
         from ringserve.model.memory import free_bytes
+        from ringserve.model.probe import probe
         from ringserve.model.runner import ModelRunner
 
         self._setup, self._rank = setup, setup.rank
@@ -78,7 +79,7 @@ class RankProcess:
         self._runner = runner = ModelRunner(
             model, layers, block_size=config.cache.block_size, segment=config.ring.ring_segment, device=device,
             dtype=dtype, attention=config.model.attention, kv_cache_dtype=config.cache.kv_cache_dtype)
-        packing = pack_linears(model, free_bytes(device), config.ring.ring_size)
+        packing = pack_linears(model, lambda: probe(model, [0], [0]), free_bytes(device), config.ring.ring_size)
         self._control.send(RankLoaded(
             rank=setup.rank, groups=runner.groups,
             kv_bytes_per_token=sum(len(group.layers) * group.key_bytes for group in runner.groups),
