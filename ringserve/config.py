@@ -11,7 +11,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 RingMode = Literal["auto", "pass-kv", "pass-q"]
 PolicyName = Literal["fcfs", "edf", "slack", "slack-floor", "srpt"]
 TransportName = Literal["auto", "shm", "gloo", "nccl"]
-AttentionName = Literal["auto", "native", "torch"]
+AttentionName = Literal["auto", "native", "torch", "triton", "cudnn", "fa2", "fa3", "fa4", "flash", "efficient"]
 KVCacheDtype = Literal["auto", "int8", "fp8"]
 
 
@@ -56,8 +56,10 @@ class ModelConfig:
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}."""
 
     attention: AttentionName = "auto"
-    """Which attention kernel computes on CPUs: the native one, compiled for this machine at first use, torch's
-    operations, or whichever a short race at start finds faster."""
+    """Which attention kernel computes. `auto`: whichever a short race at start finds fastest. `torch`: torch's
+    operations, anywhere. On CPUs `native`: ours in C++, compiled for this machine at first use. On GPUs `triton`:
+    ours in Triton; or these, with Triton for what they cannot do: `cudnn`, flash-attn's `fa2`, `fa3` and `fa4`,
+    torch's `flash` and `efficient`."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -110,10 +110,10 @@ class LocalExecutor:
         self.groups = first.groups
         self.kv_bytes_per_token = first.kv_bytes_per_token
         self.linear_flops_per_token = first.linear_flops_per_token
-        self._native = [all(wishes) for wishes in zip(*(rank.native for rank in loaded))]
-        self.kernels = ["native" if native else "torch" for native in self._native]
-        # What stands in the way of one rank stands in the way of all: its words are the ones to show.
-        self.attention = min(loaded, key=lambda rank: sum(rank.native)).attention
+        self._agreed = [len(set(names)) == 1 for names in zip(*(rank.kernels for rank in loaded))]
+        self.kernels = [name if agreed else "torch" for name, agreed in zip(first.kernels, self._agreed)]
+        self.attention = [words if agreed else f"{words}; torch on all ranks, because they differ"
+                          for words, agreed in zip(first.attention, self._agreed)]
         self.linear = first.linear
         self._message_bytes = first.message_bytes
 
@@ -131,7 +131,7 @@ class LocalExecutor:
             reset_region(self._region, self.ring_size, self._message_bytes, self.epoch)
         for rank, process in enumerate(self._ranks):
             self._send(rank, process, AllocateCache(
-                slots=slots, epoch=self.epoch, message_bytes=self._message_bytes, native=self._native))
+                slots=slots, epoch=self.epoch, message_bytes=self._message_bytes, agreed=self._agreed))
         return self._collect(CacheReady, self._timeout_s)
 
     def free_bytes(self) -> list[int]:

@@ -123,9 +123,11 @@ class RankTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     total: float
     attention: float
-    """In attention layers, packing messages included, waiting not."""
+    """In attention layers, but for the two below."""
+    packing: float
+    """Filling and posting messages: on CPUs that share memory this is the transfer itself."""
     wait: float
-    """For a peer's message, or for a slot that a peer had not read yet."""
+    """For a peer's message, or for a slot that a peer had not read yet: what the overlap does not hide."""
 
 
 class RankOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -35,10 +35,10 @@ class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How the linear layers are computed, and why."""
     message_bytes: int
     """Of the largest message of the ring."""
-    native: list[bool]
-    """[groups] whether this rank would compute a group with the native kernel, in whose layout its keys then lie."""
+    kernels: list[str]
+    """[groups] the kernel that this rank would compute a group with; its keys lie as that one reads them."""
     attention: list[str]
-    """[groups] which kernel serves a group of layers, and why."""
+    """[groups] the same in words, and why."""
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -47,8 +47,8 @@ class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slots: int
     epoch: int
     message_bytes: int
-    native: list[bool]
-    """[groups] the same on all ranks: keys travel as they lie."""
+    agreed: list[bool]
+    """[groups] whether all ranks have chosen the same kernel: keys travel as they lie."""
 
 
 class CacheReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -85,7 +85,7 @@ class RankProcess:
             kv_bytes_per_token=sum(len(group.layers) * group.key_bytes for group in runner.groups),
             linear_flops_per_token=2.0 * linear_size(model), linear=packing,
             message_bytes=max(self._message_bytes(group, dtype.itemsize) for group in runner.groups),
-            native=[choice.layout is not None for choice in runner.choices],
+            kernels=[choice.layout.name for choice in runner.choices],
             attention=[f"{_describe(group)}: {choice.words}" for group, choice in zip(runner.groups, runner.choices)]))
 
     def _message_bytes(self, group: LayerGroup, element: int) -> int:
@@ -117,7 +117,7 @@ class RankProcess:
 
         runner.ring.close()
         ring = self._connect(order, runner.device)
-        runner.allocate(order.slots, ring, order.native)
+        runner.allocate(order.slots, ring, order.agreed)
         self._control.send(CacheReady(
             rank=self._rank, attention_flops=attention_flops(runner),
             link_bytes_per_s=link_bytes_per_s(ring, order.epoch, order.message_bytes)))

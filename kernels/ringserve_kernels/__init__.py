@@ -10,6 +10,7 @@ from ringserve_kernels.case import Case
 from ringserve_kernels.choice import Choice, choose
 from ringserve_kernels.errors import ArgumentError, KernelUnavailable
 from ringserve_kernels.key_values import KeyValues
+from ringserve_kernels.layout import Layout
 from ringserve_kernels.merge import merge_attention_states, merge_rows, merge_sink, new_state
 from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.reference import reference_attention
@@ -19,10 +20,38 @@ from ringserve_kernels.ring_plan import RingPlan, RingSequence, plan_ring
 from ringserve_kernels.rounds import Message, Rounds
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import attend_tile, backend
+from ringserve_kernels.tile_layout import TILES, TileLayout
 
 __all__ = [
-    "ArgumentError", "AttentionPlan", "AttentionSpec", "Case", "Choice", "KernelUnavailable", "KeyBlocks", "KeyValues",
-    "Message", "NativeLayout", "Ring", "RingPlan", "RingSequence", "Rounds", "RowSpan", "Ticket", "attend",
-    "attend_tile", "backend", "choose", "merge_attention_states", "merge_rows", "merge_sink", "new_state",
-    "plan_attention", "plan_ring", "reference_attention", "ring_attention",
+    "TILES",
+    "ArgumentError",
+    "AttentionPlan",
+    "AttentionSpec",
+    "Case",
+    "Choice",
+    "KernelUnavailable",
+    "KeyBlocks",
+    "KeyValues",
+    "Layout",
+    "Message",
+    "NativeLayout",
+    "Ring",
+    "RingPlan",
+    "RingSequence",
+    "Rounds",
+    "RowSpan",
+    "Ticket",
+    "TileLayout",
+    "attend",
+    "attend_tile",
+    "backend",
+    "choose",
+    "merge_attention_states",
+    "merge_rows",
+    "merge_sink",
+    "new_state",
+    "plan_attention",
+    "plan_ring",
+    "reference_attention",
+    "ring_attention",
 ]

@@ -1,17 +1,16 @@
 """`attend`: the one primitive. Causal attention of a rank's rows over the keys of one storage.
 
-Shape suffixes: T rows, H query heads, K kv heads, P tokens of the storage, D head dim, N tiles, S keys of a tile.
+Shape suffixes: T rows, H query heads, K kv heads, P tokens of the storage, D head dim.
 """
 
 import torch
 from torch import Tensor
 
-from ringserve_kernels.attention_plan import AttentionPlan, GatheredTiles
+from ringserve_kernels.attention_plan import AttentionPlan
 from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
 from ringserve_kernels.key_values import KeyValues
-from ringserve_kernels.merge import merge_rows, new_state
+from ringserve_kernels.merge import new_state
 from ringserve_kernels.spec import AttentionSpec
-from ringserve_kernels.tile import attend_tile
 
 State = tuple[Tensor, Tensor]
 
@@ -26,19 +25,8 @@ def attend(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionS
     """
     _check(q_THD, keys, plan, spec, into)
     state = into or new_state(plan.rows, spec.num_heads, spec.value_dim, q_THD.dtype, q_THD.device)
-    if plan.is_empty:
-        return state
-    if keys.layout is not None:
-        keys.layout.attend(q_THD, keys.k_KPD, keys.v_KPD, keys.scales_KP, plan.table(keys.layout.block), spec, *state)
-        return state
-    q_HTD = q_THD.transpose(0, 1).contiguous()
-    for tile in plan.tiles.dense:
-        rows = slice(tile.row_start, tile.row_stop)
-        k_KSD, v_KSD = keys.read(slice(tile.key_start, tile.key_stop), q_THD.dtype)
-        o, lse = attend_tile(q_HTD[None, :, rows], k_KSD[None], v_KSD[None], spec)
-        merge_rows(*state, rows, o[0].transpose(0, 1), lse[0].transpose(0, 1))
-    for tiles in plan.tiles.gathered:
-        _attend_gathered(q_HTD, keys, tiles, spec, state)
+    if not plan.is_empty:
+        keys.layout.attend(q_THD, keys, plan, spec, state)
     return state
 
 
@@ -64,18 +52,3 @@ def _check(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionS
             raise DtypeError(name, x.dtype, torch.promote_types(q_THD.dtype, torch.float32))
         if len(wanted) == 3 and x.stride(2) != 1:
             raise StrideError(name, f"strided by {x.stride()}", "the numbers of a head adjacent")
-
-
-def _attend_gathered(q_HTD: Tensor, keys: KeyValues, tiles: GatheredTiles, spec: AttentionSpec,
-                     state: State) -> None:
-    (n, s), t = tiles.keys_NS.shape, tiles.rows_NT.shape[1]
-    flat_rows = tiles.rows_NT.flatten()
-    k_KSD, v_KSD = keys.read(tiles.keys_NS.flatten(), q_HTD.dtype)
-    k_NKSD = k_KSD.view(spec.num_kv_heads, n, s, spec.key_dim).transpose(0, 1)
-    v_NKSD = v_KSD.view(spec.num_kv_heads, n, s, spec.value_dim).transpose(0, 1)
-    q_NHTD = q_HTD.index_select(1, flat_rows).view(spec.num_heads, n, t, spec.key_dim).transpose(0, 1)
-    o, lse = attend_tile(q_NHTD, k_NKSD, v_NKSD, spec, tiles.visible_NTS, tiles.bias_NTS(q_HTD.dtype))
-    o_THD, lse_TH = o.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
-    if len(tiles.valid) < len(flat_rows):
-        o_THD, lse_TH = o_THD[tiles.valid], lse_TH[tiles.valid]
-    merge_rows(*state, tiles.target, o_THD, lse_TH)

@@ -12,9 +12,10 @@ The native kernel reads rows and blocks as they are (`table`). For torch's opera
 A window layer gathers, per tile of rows, only the keys inside the window.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ringserve_kernels.merge import Rows
 from ringserve_kernels.plan_table import PlanTable
 
 Ints = NDArray[np.int64]
+T = TypeVar("T")
 
 TILE_ROWS = 256
 DENSE_KEYS = 512
@@ -57,6 +59,12 @@ class KeyBlocks:
         if isinstance(which, slice) and which.indices(len(self)) == (0, len(self), 1):
             return self
         return KeyBlocks(self.first[which], self.length[which], self.offset[which])
+
+    def followed_by(self, later: "KeyBlocks") -> "KeyBlocks":
+        if not len(self) or not len(later):
+            return self if len(self) else later
+        return KeyBlocks(*(np.concatenate((getattr(self, name), getattr(later, name)))
+                           for name in ("first", "length", "offset")))
 
     def num_until(self, index: int) -> int:
         """How many blocks have their last key at or before this token index."""
@@ -155,7 +163,7 @@ class AttentionPlan:
     """Rows, and the blocks of which they may see a key; neither is empty."""
     window: int | None
     device: torch.device
-    _tables: dict[int, PlanTable] = field(default_factory=dict, repr=False, compare=False)
+    _forms: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -171,12 +179,32 @@ class AttentionPlan:
         """For operations that know one rectangle of rows and keys, or a mask."""
         return _cut(self)
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """A form of the plan that a kernel asks for, made when it is asked for first: every layer has the same plan."""
+        if key not in self._forms:
+            self._forms[key] = make()
+        form: T = self._forms[key]
+        return form
+
     def table(self, block: int) -> PlanTable:
         """For kernels that read a storage in blocks of so many tokens. Raises ShapeError when a block of the plan does
         not begin with a block of the storage or is longer, or a row is none of q's."""
-        if block not in self._tables:
-            self._tables[block] = _tabulate(self, block)
-        return self._tables[block]
+        return self.once(("table", block), lambda: _tabulate(self, block))
+
+    def without_runs(self, least_rows: int) -> "tuple[list[DenseTile], AttentionPlan]":
+        """The long runs of keys before all rows of a sequence, and the plan of what is left: for operations that are
+        good at rectangles beside one that can do anything. Sequences of fewer rows, or with keys behind their window,
+        are left as they are."""
+        dense: list[DenseTile] = []
+        left: list[tuple[RowSpan, KeyBlocks]] = []
+        for span, blocks in self.sequences:
+            if len(span.index) >= least_rows and not _crosses(span, blocks, self.window):
+                past = blocks.num_until(int(span.index[0]))
+                short = _dense(span, 0, len(span.index), blocks.take(slice(0, past)), dense)
+                blocks = short.followed_by(blocks.take(slice(past, None)))
+            if len(blocks):
+                left.append((span, blocks))
+        return dense, AttentionPlan(self.rows, left, self.window, self.device)
 
 
 @dataclass(slots=True)
@@ -222,11 +250,16 @@ def _cut(plan: AttentionPlan) -> Tiles:
     dense: list[DenseTile] = []
     tiles: list[_Tile] = []
     for span, blocks in plan.sequences:
-        if plan.window is not None and span.index[-1] - blocks.first[0] >= plan.window:
+        if plan.window is not None and _crosses(span, blocks, plan.window):
             tiles.extend(_window_tiles(span, blocks, plan.window))
         else:
             _causal_tiles(span, blocks, dense, tiles)
     return Tiles(dense, _batch(tiles, plan.window, plan.device))
+
+
+def _crosses(span: RowSpan, blocks: KeyBlocks, window: int | None) -> bool:
+    """Whether some row does not see some key before it."""
+    return window is not None and bool(span.index[-1] - blocks.first[0] >= window)
 
 
 def _causal_tiles(span: RowSpan, blocks: KeyBlocks, dense: list[DenseTile], tiles: list[_Tile]) -> None:

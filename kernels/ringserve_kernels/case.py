@@ -11,7 +11,7 @@ from torch import Tensor
 from ringserve_kernels.attend import attend
 from ringserve_kernels.attention_plan import KeyBlocks, RowSpan, plan_attention
 from ringserve_kernels.key_values import KeyValues
-from ringserve_kernels.native.layout import NativeLayout
+from ringserve_kernels.layout import Layout
 from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.spec import AttentionSpec
 
@@ -35,7 +35,7 @@ class Case:
         """Of the two products, as if every row saw every key."""
         return 2.0 * self.spec.num_heads * self.rows * self.keys * (self.spec.key_dim + self.spec.value_dim)
 
-    def run(self, layout: NativeLayout | None) -> Callable[[], State]:
+    def run(self, layout: Layout) -> Callable[[], State]:
         """The attention as a call, its tensors made and written."""
         q, k, v = self.tensors()
         count = -(-self.keys // self.block)

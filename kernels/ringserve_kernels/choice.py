@@ -1,88 +1,118 @@
-"""Which kernel computes a layer's attention on this machine: decided once, by a race, and said in words.
+"""What computes a layer's attention on this machine: decided once, by a race, and said in words.
 
-    forced          taken, or KernelUnavailable
-    auto            the first variant of the native kernel that this CPU runs, that compiles, that gives the right
-                    answer on a small case, and that is faster than torch's operations; else torch
+    asked for       taken, or KernelUnavailable
+    auto, CPU       the first variant of the native kernel that this CPU runs, that compiles, that gives the right
+                    answer on small cases, and that is faster than torch's operations; else torch's
+    auto, GPU       Triton's kernels, alone or beside the dense operation that gives the right answer and is fastest;
+                    torch's operations where Triton is missing
 
-The answer is checked at each start: a kernel that computes something else on a CPU nobody has tried must not serve. The
-race (a second) is remembered per CPU model, shape and library in the user's cache directory.
+The answer is checked at each start: a kernel that computes something else on a machine nobody has tried must not serve.
 """
 
-import json
-import math
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ringserve_kernels.case import Case
-from ringserve_kernels.errors import KernelUnavailable
-from ringserve_kernels.native.build import build, cache_directory
+from ringserve_kernels.errors import ArgumentError, KernelUnavailable
+from ringserve_kernels.layout import Layout
+from ringserve_kernels.native.build import build
 from ringserve_kernels.native.layout import NativeLayout
 from ringserve_kernels.native.library import NativeKernel
-from ringserve_kernels.native.variants import Variant, cpu_model, runnable
+from ringserve_kernels.native.variants import Variant, runnable
+from ringserve_kernels.race import race
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import backend
+from ringserve_kernels.tile_layout import TILES
 
-Wanted = Literal["auto", "native", "torch"]
-BOUND = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-3)}
-"""Of the small case: relative RMS of o, and the largest difference of lse."""
+Wanted = Literal["auto", "native", "torch", "triton", "cudnn", "fa2", "fa3", "fa4", "flash", "efficient"]
+BOUND = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-3), torch.float16: (5e-3, 1e-3)}
+"""Of the small cases: relative RMS of o, and the largest difference of lse."""
+CHECKED = ((37, 300), (130, 1500))
+"""(rows, keys): rows that fill no tile; a past that is long enough for every path."""
 CHUNK, DECODE = (256, 4096), (1, 16384)
-"""The race's shapes: rows and keys of a chunk of a prompt, and of a decode step."""
-ROUNDS = 5
+"""The race's shapes on a CPU: a chunk of a prompt, and a decode step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How a layer is computed."""
 
-    layout: NativeLayout | None
-    """None: torch's operations, keys token after token."""
+    layout: Layout
     words: str
     """For the start-up lines: what was chosen and why."""
 
 
+class Against:
+    """Why contenders are not used."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+        """By reason."""
+
+    def add(self, name: str, reason: str) -> None:
+        self._names.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in self._names.items())
+
+
 def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, wanted: Wanted) -> Choice:
-    """Raises KernelUnavailable when the native kernel is wanted and cannot be had."""
-    torch_path = " and, where masked, ".join(dict.fromkeys(backend(spec, device, dtype, masked)
-                                                            for masked in (False, True)))
+    """Raises KernelUnavailable when what is wanted cannot be had."""
     if wanted == "torch":
-        return Choice(None, f"{torch_path} (as asked for)")
-    against: dict[str, list[str]] = {}
-    """Reasons, and the variants of which they hold."""
-    refusal = _refusal(spec, dtype, device, block)
+        return Choice(TILES, f"{torch_path(spec, dtype, device)} (as asked for)")
+    if device.type == "cuda":
+        from ringserve_kernels.gpu.choice import choose_on_gpu  # brings Triton
+
+        return choose_on_gpu(spec, dtype, device, block, wanted)
+    if wanted not in ("auto", "native"):
+        raise KernelUnavailable(f"attention by {wanted} is for GPUs, not {device.type}")
+    return _choose_on_cpu(spec, dtype, device, block, forced=wanted == "native")
+
+
+def _choose_on_cpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, forced: bool) -> Choice:
+    against = Against()
+    refusal = NativeLayout.refusal(spec, dtype, block) if runnable() else "this CPU has neither AVX2 nor AVX-512"
     for variant in [] if refusal else runnable():
         try:
             layout = NativeLayout(_kernel(variant), block, dtype)
-            _verify(layout, spec, dtype)
+            verify(layout, spec, dtype, block, device)
         except KernelUnavailable as error:
-            against.setdefault(str(error), []).append(variant.name)
+            against.add(variant.name, str(error))
             continue
-        if wanted == "native":
-            return Choice(layout, f"native {variant.name} (as asked for)")
-        chunk, decode = _race(layout, spec, dtype)
-        times = f"{chunk:.2g} times torch's speed in prefill, {decode:.2g} in decode"
+        if forced:
+            return Choice(layout, f"{layout.name} (as asked for)")
+        own = layout.kernel.file.name
+        times = race({"torch": TILES, own: layout}, spec, dtype, block, device, (CHUNK, DECODE))
+        chunk, decode = (theirs / ours for theirs, ours in zip(times["torch"], times[own]))
+        words = f"{chunk:.2g} times torch's speed in prefill, {decode:.2g} in decode"
         if chunk * decode > 1:
-            return Choice(layout, f"native {variant.name} ({times})")
-        against.setdefault(times, []).append(variant.name)
-    why = refusal or "; ".join(f"{', '.join(names)}: {reason}" for reason, names in against.items())
-    if wanted == "native":
-        raise KernelUnavailable(f"the native attention kernel cannot be used: {why}")
-    return Choice(None, f"{torch_path} (native kernel not used: {why})")
+            return Choice(layout, f"{layout.name} ({words})")
+        against.add(variant.name, words)
+    if forced:
+        raise KernelUnavailable(f"the native attention kernel cannot be used: {refusal or against}")
+    return Choice(TILES, f"{torch_path(spec, dtype, device)} (native kernel not used: {refusal or against})")
 
 
-def _refusal(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int) -> str | None:
-    """Why the native kernel is not even tried."""
-    if device.type != "cpu":
-        return f"it is for CPUs, not {device.type}"
-    if not runnable():
-        return "this CPU has neither AVX2 nor AVX-512"
-    return NativeLayout.refusal(spec, dtype, block)
+def verify(layout: Layout, spec: AttentionSpec, dtype: torch.dtype, block: int, device: torch.device) -> None:
+    """Raises KernelUnavailable unless small cases come out right."""
+    for rows, keys in CHECKED:
+        case = Case(spec, dtype, rows, keys, block, device)
+        expected_o, expected_lse = case.expected()
+        try:
+            o, lse = (x.cpu() for x in case.run(layout)())
+        except (ArgumentError, RuntimeError, TypeError, ImportError) as error:  # of a library that we only wrap
+            raise KernelUnavailable(f"it fails here: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        off = float((o - expected_o).norm() / expected_o.norm())
+        lse_off = float((lse - expected_lse).abs().max())
+        if not (off <= BOUND[dtype][0] and lse_off <= BOUND[dtype][1]):
+            raise KernelUnavailable(f"it is wrong here: o is off by {off:.1e} of its RMS, lse by {lse_off:.1e}")
+
+
+def torch_path(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str:
+    return " and, where masked, ".join(dict.fromkeys(backend(spec, device, dtype, masked) for masked in (False, True)))
 
 
 @cache
@@ -91,58 +121,3 @@ def _kernel(variant: Variant) -> NativeKernel:
     if not kernel.shares_threads_with_torch():
         raise KernelUnavailable("it would bring a second OpenMP runtime into the process")
     return kernel
-
-
-def _verify(layout: NativeLayout, spec: AttentionSpec, dtype: torch.dtype) -> None:
-    """Raises KernelUnavailable unless a small case comes out right: 37 rows that fill no tile, 300 keys."""
-    case = Case(spec, dtype, 37, 300, layout.block)
-    (o, lse), (expected_o, expected_lse) = case.run(layout)(), case.expected()
-    error = float((o - expected_o).norm() / expected_o.norm())
-    lse_error = float((lse - expected_lse).abs().max())
-    if not (error <= BOUND[dtype][0] and lse_error <= BOUND[dtype][1]):
-        raise KernelUnavailable(f"it is wrong on this CPU: o is off by {error:.1e} of its RMS, lse by {lse_error:.1e}")
-
-
-def _race(layout: NativeLayout, spec: AttentionSpec, dtype: torch.dtype) -> tuple[float, float]:
-    """How many times as fast as torch's operations: (chunk of a prompt, decode step)."""
-    key = "|".join(map(str, (cpu_model(), torch.__version__, torch.get_num_threads(), layout.kernel.file.name, dtype,
-                             layout.block, spec)))
-    path = cache_directory() / "races.json"
-    known = _remembered(path)
-    if key not in known:
-        # The widest view of the layer's shape: a window would make both of them fast.
-        cases = [Case(replace(spec, window=None), dtype, rows, keys, layout.block) for rows, keys in (CHUNK, DECODE)]
-        known[key] = [_ratio(case, layout) for case in cases]
-        _remember(path, known)
-    return known[key][0], known[key][1]
-
-
-def _ratio(case: Case, layout: NativeLayout) -> float:
-    native, plain = case.run(layout), case.run(None)
-    times = [[_time(run) for run in (native, plain)] for _ in range(ROUNDS)]
-    return min(t[1] for t in times) / min(t[0] for t in times)
-
-
-def _time(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def _remembered(path: Path) -> dict[str, list[float]]:
-    try:
-        known = json.loads(path.read_text())
-        return {key: ratios for key, ratios in known.items()
-                if len(ratios) == 2 and all(math.isfinite(ratio) for ratio in ratios)}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _remember(path: Path, known: dict[str, list[float]]) -> None:
-    """As well as it goes: a race that is not remembered is run again."""
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        part.write_text(json.dumps(known))
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)

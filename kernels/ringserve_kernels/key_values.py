@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
-from ringserve_kernels.native.layout import NativeLayout
+from ringserve_kernels.layout import Layout
 from ringserve_kernels.quantize import LARGEST, dequantize, quantize
+from ringserve_kernels.tile_layout import TILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,7 @@ class KeyValues:
     v_KPD: Tensor
     scales_KP: tuple[Tensor, Tensor] | None = None
     """Of quantized keys and values (`quantize`), fp32."""
-    layout: NativeLayout | None = None
-    """None: token after token."""
+    layout: Layout = TILES
 
     def __post_init__(self) -> None:
         k, v = self.k_KPD, self.v_KPD
@@ -42,14 +42,8 @@ class KeyValues:
             if scale.shape != k.shape[:2] or scale.dtype != torch.float32 or scale.stride(1) != 1:
                 raise StrideError("scales_KP", f"{tuple(scale.shape)} of {scale.dtype}, strided by {scale.stride()}",
                                   f"{tuple(k.shape[:2])} of torch.float32, the tokens of a head adjacent")
-        if self.layout is not None:
-            self.layout.check_storage("k_KPD", k)
-            self.layout.check_storage("v_KPD", v)
-
-    @property
-    def granule(self) -> int:
-        """Tokens that must stay together when they are copied."""
-        return self.layout.block if self.layout else 1
+        self.layout.check_storage("k_KPD", k)
+        self.layout.check_storage("v_KPD", v)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -67,7 +61,7 @@ class KeyValues:
 
     def laid_over(self, message: Tensor) -> "KeyValues":
         """A message of the ring, uint8 [tokens * token_bytes], as keys and values like these: one part after the
-        other, each head-major. `tokens` is a multiple of `granule`."""
+        other, each head-major. `tokens` is a multiple of the layout's granule."""
         tokens = len(message) // self.token_bytes
         laid: list[Tensor] = []
         start = 0
@@ -82,8 +76,7 @@ class KeyValues:
     def write(self, k_KTD: Tensor, v_KTD: Tensor, where_T: Tensor) -> None:
         """Store keys and values at these token offsets (int64), quantized if that is how they lie here.
 
-        Raises ArgumentError for another shape or dtype; for an offset outside the storage too in the native layout,
-        torch's IndexError otherwise."""
+        Raises ArgumentError for another shape or dtype; for an offset outside the storage what the layout raises."""
         for name, x, own in (("k_KTD", k_KTD, self.k_KPD), ("v_KTD", v_KTD, self.v_KPD)):
             shape = (own.shape[0], len(where_T), own.shape[2])
             if tuple(x.shape) != shape:
@@ -99,21 +92,13 @@ class KeyValues:
                 scale_KP.index_copy_(1, where_T, scale)
                 codes.append(quantized)
             k_KTD, v_KTD = codes
-        self._place(k_KTD, self.k_KPD, where_T, is_value=False)
-        self._place(v_KTD, self.v_KPD, where_T, is_value=True)
-
-    def _place(self, x_KTD: Tensor, own_KPD: Tensor, where_T: Tensor, is_value: bool) -> None:
-        if self.layout is not None:
-            self.layout.write(x_KTD, own_KPD, where_T, is_value)
-        elif own_KPD.dtype in LARGEST:  # index_copy_ knows no fp8
-            own_KPD.view(torch.uint8).index_copy_(1, where_T, x_KTD.view(torch.uint8))
-        else:
-            own_KPD.index_copy_(1, where_T, x_KTD)
+        self.layout.write(k_KTD, self.k_KPD, where_T, is_value=False)
+        self.layout.write(v_KTD, self.v_KPD, where_T, is_value=True)
 
     def read(self, tokens: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of these tokens in `dtype`, (k_KSD, v_KSD): as they lie (no copy) for a slice that is not
         quantized. Only token after token."""
-        assert self.layout is None, "blocks of the native kernel are read by it alone"
+        assert self.layout.granule == 1, "blocks of another order are read by their layout alone"
         k, v = _take(self.k_KPD, tokens), _take(self.v_KPD, tokens)
         if self.scales_KP is None:
             return k, v

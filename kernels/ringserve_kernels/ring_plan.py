@@ -74,7 +74,7 @@ class RingPlan:
 def plan_ring(rank: int, size: int, sequences: Sequence[RingSequence], window: int | None, segment: int,
               device: torch.device | None = None, granule: int = 1) -> RingPlan:
     """Plan one rank's part of a step. `segment` is the most tokens of keys in one message; a message carries each
-    block filled up to a multiple of `granule` tokens, as `KeyValues.granule` wants it."""
+    block filled up to a multiple of `granule` tokens, as its layout's granule wants it."""
     rows = sum(len(s.spans[rank].index) for s in sequences)
     local = plan_attention(rows, ((s.spans[rank], s.keys[rank]) for s in sequences), window, device)
     shifts = range(1, size)

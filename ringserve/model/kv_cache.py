@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from ringserve_kernels import AttentionSpec, KeyValues, NativeLayout
+from ringserve_kernels import AttentionSpec, KeyValues, Layout
 from torch import Tensor
 
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -23,7 +23,7 @@ def key_bytes(spec: AttentionSpec, dtype: torch.dtype) -> int:
 
 
 class KVCache:
-    def __init__(self, specs: Sequence[AttentionSpec], layouts: Sequence[NativeLayout | None], slots: int,
+    def __init__(self, specs: Sequence[AttentionSpec], layouts: Sequence[Layout], slots: int,
                  block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """`dtype` is what numbers are stored as; `layouts` how each layer's blocks lie."""
         self.layers = [_storage(spec, layout, slots * block_size, dtype, device)
@@ -34,7 +34,7 @@ class KVCache:
         self.layers[layer].write(k_KTD, v_KTD, where_T)
 
 
-def _storage(spec: AttentionSpec, layout: NativeLayout | None, tokens: int, dtype: torch.dtype,
+def _storage(spec: AttentionSpec, layout: Layout, tokens: int, dtype: torch.dtype,
              device: torch.device) -> KeyValues:
     heads = spec.num_kv_heads
     k, v = (_lazy_zeros((heads, tokens, dim), dtype, device) for dim in (spec.key_dim, spec.value_dim))

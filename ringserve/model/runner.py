@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from ringserve_kernels import KernelUnavailable, NativeLayout, RingPlan, choose, plan_ring, ring_attention
+from ringserve_kernels import TILES, KernelUnavailable, Layout, RingPlan, choose, plan_ring, ring_attention
 from torch import Tensor, nn
 
 from ringserve.config import AttentionName, KVCacheDtype
@@ -73,16 +73,16 @@ class ModelRunner:
     def ring(self) -> RingGroup:
         return self._ring
 
-    def layout_of(self, layer: int) -> NativeLayout | None:
+    def layout_of(self, layer: int) -> Layout:
         """How a layer's keys lie in the cache."""
         return self._layouts[self._group_of[layer]]
 
-    def allocate(self, slots: int, ring: RingGroup, native: Sequence[bool] | None = None) -> None:
-        """A fresh cache and empty tables, on this ring. `native` [groups]: which groups all its ranks compute with the
-        native kernel; keys travel as they lie, so they must agree."""
+    def allocate(self, slots: int, ring: RingGroup, agreed: Sequence[bool] | None = None) -> None:
+        """A fresh cache and empty tables, on this ring. `agreed` [groups]: whether all its ranks have chosen the same;
+        keys travel as they lie, so where they have not, torch's operations serve."""
         self._ring = ring
-        if native is not None:
-            self._layouts = [choice.layout if wanted else None for choice, wanted in zip(self.choices, native)]
+        if agreed is not None:
+            self._layouts = [choice.layout if same else TILES for choice, same in zip(self.choices, agreed)]
         self._tables = Tables(ring.rank, ring.size, len(self.groups), self.block_size)
         self._cache = KVCache([layer.spec for layer in self.layers], [self._layouts[g] for g in self._group_of], slots,
                               self.block_size, self._stored, self.device)
@@ -94,10 +94,10 @@ class ModelRunner:
         self._ring.begin_step(plan.step, plan.epoch)
         copy_blocks(plan.copies, self._cache.layers, self._group_of, self.block_size,
                     max(1, self._segment // self.block_size), self._ring)
-        copies_wait_s = self._ring.statistics().wait_s
+        copied = self._ring.statistics()
         rows = self._tables.apply(plan)
         plans = [plan_ring(self._ring.rank, self._ring.size, rows.sequences[g], group.window, self._segment,
-                           self.device, self._cache.layers[group.layers[0]].granule)
+                           self.device, self._cache.layers[group.layers[0]].layout.granule)
                  for g, group in enumerate(self.groups)]
         step = StepAttention(self.layers, self._group_of, self._cache, self._ring, plans,
                              [torch.from_numpy(offsets).to(self.device) for offsets in rows.write_at])
@@ -108,8 +108,9 @@ class ModelRunner:
         else:
             self._serve(step, plans)
         moved = self._ring.statistics()
-        times = RankTimes(total=time.perf_counter() - started, wait=moved.wait_s,
-                          attention=step.attention_s - (moved.wait_s - copies_wait_s))
+        exchanging = moved.wait_s - copied.wait_s + moved.packing_s - copied.packing_s
+        times = RankTimes(total=time.perf_counter() - started, attention=step.attention_s - exchanging,
+                          packing=moved.packing_s, wait=moved.wait_s)
         return RankOutput(step=plan.step, rank=self._ring.rank, sampled=sampled, logits=logits, times=times,
                           bytes_sent=list(moved.sent_bytes),
                           peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

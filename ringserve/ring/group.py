@@ -25,6 +25,8 @@ class RingStatistics:
     """By source rank."""
     sent_messages: int
     received_messages: int
+    packing_s: float
+    """Seconds spent filling and posting messages."""
     wait_s: float
     """Seconds spent waiting: for messages, and for slots that a peer had not read yet."""
 
@@ -118,7 +120,7 @@ class RingGroup(Ring):
     def statistics(self) -> RingStatistics:
         """What was moved since the last reset."""
         return RingStatistics(tuple(self._sent_bytes), tuple(self._received_bytes), self._sent_messages,
-                              self._received_messages, self._clock.seconds)
+                              self._received_messages, self._packing_s, self._clock.seconds)
 
     def reset_statistics(self) -> None:
         """Count from zero again."""
@@ -126,6 +128,7 @@ class RingGroup(Ring):
         self._received_bytes = [0] * self.size
         self._sent_messages = 0
         self._received_messages = 0
+        self._packing_s = 0.0
         self._clock.seconds = 0.0
 
     def abort(self) -> None:
@@ -144,10 +147,13 @@ class RingGroup(Ring):
         if exchange.send_bytes:
             with self._clock.waiting(exchange.destination):
                 buffer = transport.slot(exchange.destination, exchange.send_bytes)
+        started = time.monotonic()
+        if exchange.send_bytes:
             fill(buffer)
             self._sent_bytes[exchange.destination] += exchange.send_bytes
             self._sent_messages += 1
         transport.post(exchange)
+        self._packing_s += time.monotonic() - started
 
     def _opened(self, ticket: Ticket) -> Exchange:
         assert isinstance(ticket, Exchange) and ticket in self._open, (

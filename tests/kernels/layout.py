@@ -35,7 +35,8 @@ class Placed:
         size = len(self.stores)
 
         def work(ring: ThreadRing) -> Tensor:
-            plan = plan_ring(ring.rank, size, self.sequences, spec.window, segment, granule=self.stores[0].granule)
+            plan = plan_ring(ring.rank, size, self.sequences, spec.window, segment,
+                             granule=self.stores[0].layout.granule)
             return ring_attention(self.queries[ring.rank], self.stores[ring.rank], plan, spec, ring, sink)
 
         return run_ring(size, work)

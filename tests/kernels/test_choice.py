@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from ringserve_kernels import KernelUnavailable, choice
+from ringserve_kernels import TILES, KernelUnavailable, Layout, NativeLayout, choice, race
 from ringserve_kernels.native import build, variants
 
+from ringserve.config import AttentionName
 from tests.kernels.shards import make_spec
 
 CPU = torch.device("cpu")
@@ -28,18 +30,19 @@ def fresh_kernels() -> Iterator[None]:
 def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The race's result, (prefill, decode), instead of a race: no test may hang on a speed."""
     result = [2.0, 3.0]
-    monkeypatch.setattr(choice, "_race", lambda *_: tuple(result))
+    monkeypatch.setattr(choice, "race", lambda contenders, *_: {
+        name: result if layout is TILES else [1.0, 1.0] for name, layout in contenders.items()})
     return result
 
 
 @needs_variant
 def test_the_faster_one_is_taken_and_said(ratios: list[float]) -> None:
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
-    assert chosen.layout is not None and chosen.layout.dtype is torch.bfloat16
+    assert isinstance(chosen.layout, NativeLayout) and chosen.layout.dtype is torch.bfloat16
     assert chosen.words == f"native {chosen.layout.kernel.name} (2 times torch's speed in prefill, 3 in decode)"
     ratios[:] = [0.5, 1.5]
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
-    assert chosen.layout is None
+    assert chosen.layout is TILES
     assert "torch-cpu-flash (native kernel not used: " in chosen.words
     assert "0.5 times torch's speed in prefill, 1.5 in decode" in chosen.words
 
@@ -47,7 +50,7 @@ def test_the_faster_one_is_taken_and_said(ratios: list[float]) -> None:
 @needs_variant
 def test_what_is_asked_for_is_taken(ratios: list[float]) -> None:
     ratios[:] = [0.1, 0.1]
-    assert choice.choose(SPEC, torch.float32, CPU, 64, "native").layout is not None
+    assert choice.choose(SPEC, torch.float32, CPU, 64, "native").layout is not TILES
     assert choice.choose(SPEC, torch.float32, CPU, 64, "torch").words == "torch-cpu-flash (as asked for)"
 
 
@@ -61,7 +64,7 @@ def test_what_is_asked_for_is_taken(ratios: list[float]) -> None:
 def test_what_it_cannot_take_goes_to_torch(spec: choice.AttentionSpec, dtype: torch.dtype, block: int,
                                            reason: str) -> None:
     chosen = choice.choose(spec, dtype, CPU, block, "auto")
-    assert chosen.layout is None and reason in chosen.words
+    assert chosen.layout is TILES and reason in chosen.words
     with pytest.raises(KernelUnavailable, match=reason):
         choice.choose(spec, dtype, CPU, block, "native")
 
@@ -71,7 +74,7 @@ def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
-    assert chosen.layout is None
+    assert chosen.layout is TILES
     assert chosen.words.count("no C++ compiler was found (g++ or clang++, or $CXX)") == 1
 
 
@@ -96,26 +99,43 @@ def test_a_kernel_that_is_wrong_never_serves(monkeypatch: pytest.MonkeyPatch, ra
     expected = choice.Case.expected
     monkeypatch.setattr(choice.Case, "expected", lambda case: (expected(case)[0] * 1.02, expected(case)[1]))
     chosen = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto")
-    assert chosen.layout is None and "it is wrong on this CPU: o is off by 2.0e-02 of its RMS" in chosen.words
-    with pytest.raises(KernelUnavailable, match="wrong on this CPU"):
+    assert chosen.layout is TILES and "it is wrong here: o is off by 2.0e-02 of its RMS" in chosen.words
+    with pytest.raises(KernelUnavailable, match="wrong here"):
         choice.choose(SPEC, torch.bfloat16, CPU, 64, "native")
 
 
-@needs_variant
-def test_a_race_is_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(choice, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(choice, "CHUNK", (8, 64))
-    monkeypatch.setattr(choice, "DECODE", (1, 64))
-    first = choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words
-    monkeypatch.setattr(choice, "_ratio", None)
-    assert choice.choose(SPEC, torch.bfloat16, CPU, 64, "auto").words == first
-    [ratios] = json.loads((tmp_path / "races.json").read_text()).values()
-    assert len(ratios) == 2
+@pytest.mark.parametrize("name", ["triton", "cudnn", "fa3"])
+def test_what_is_for_gpus_is_refused_on_a_cpu(name: choice.Wanted) -> None:
+    with pytest.raises(KernelUnavailable, match=f"attention by {name} is for GPUs, not cpu"):
+        choice.choose(SPEC, torch.bfloat16, CPU, 64, name)
 
 
-@needs_variant
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": [1, NaN]}'])
-def test_a_spoilt_memory_is_forgotten(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "races.json"
-    path.write_text(content)
-    assert choice._remembered(path) == {}
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(race, "cache_directory", lambda: tmp_path)
+    return tmp_path / "races.json"
+
+
+def run_race(**contenders: Layout) -> dict[str, list[float]]:
+    return race.race(contenders, SPEC, torch.bfloat16, 64, CPU, [(8, 64), (1, 64)])
+
+
+def test_a_race_is_run_once(monkeypatch: pytest.MonkeyPatch, remembered: Path) -> None:
+    first = run_race(one=TILES, other=TILES)
+    assert first.keys() == {"one", "other"} and all(len(times) == 2 and min(times) > 0 for times in first.values())
+    monkeypatch.setattr(race, "_seconds", None)
+    assert run_race(one=TILES, other=TILES) == first
+    assert list(json.loads(remembered.read_text()).values()) == [first]
+    monkeypatch.setattr(race, "_seconds", lambda *_: 3.0)
+    assert run_race(one=TILES, third=TILES) == {"one": [3.0, 3.0], "third": [3.0, 3.0]}  # another race
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": [1, 2]}', '{"a": {"b": [1, NaN]}}',
+                                     '{"a": {"b": 1}}', '{"a": {"b": [0]}}', '{"a": {"b": ["c"]}}'])
+def test_a_spoilt_memory_is_forgotten(content: str, remembered: Path) -> None:
+    remembered.write_text(content)
+    assert race._remembered(remembered) == {}
+
+
+def test_the_names_of_kernels_are_those_of_the_command_line() -> None:
+    assert get_args(choice.Wanted) == get_args(AttentionName)

@@ -69,7 +69,7 @@ def test_both_directions_are_independent(pair: Pair) -> None:
 def test_a_union_of_messages_comes_back_as_the_right_one() -> None:
     here, there = socket.socketpair()
     channel: Channel[FromRank] = Channel(there, FromRank)
-    report = RankOutput(step=1, rank=0, sampled=[], times=RankTimes(total=1.0, attention=0.5, wait=0.1),
+    report = RankOutput(step=1, rank=0, sampled=[], times=RankTimes(total=1.0, attention=0.5, packing=0.2, wait=0.1),
                         bytes_sent=[0, 5], peak_rss_bytes=7)
     for message in (report, RankFailed(rank=1, kind="OSError", message="gone")):
         Channel[FromRank](here, FromRank).send(message)

@@ -5,14 +5,18 @@ Only the kernel reads and writes them; whole blocks may be copied by anybody.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ringserve_kernels.attention_plan import AttentionPlan
 from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
 from ringserve_kernels.native.library import NativeKernel
-from ringserve_kernels.plan_table import PlanTable
 from ringserve_kernels.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from ringserve_kernels.key_values import KeyValues
 
 LANES = 16
 """Numbers of the widest vector: what a value and a block hold is a multiple of it."""
@@ -43,8 +47,15 @@ class NativeLayout:
             return f"it needs a positive scale, not {spec.scale:g}"
         return None
 
+    @property
+    def name(self) -> str:
+        return f"native {self.kernel.name}"
+
+    @property
+    def granule(self) -> int:
+        return self.block
+
     def check_storage(self, name: str, x_KPD: Tensor) -> None:
-        """Raises ArgumentError unless this can be a storage of such blocks."""
         if x_KPD.device.type != "cpu":
             raise DeviceError(name, f"on {x_KPD.device}", "the CPU, in the native kernel's layout")
         if x_KPD.shape[1] % self.block:
@@ -52,16 +63,15 @@ class NativeLayout:
         if x_KPD.stride()[1:] != (x_KPD.shape[2], 1):
             raise StrideError(name, f"strided by {x_KPD.stride()}", "the tokens of a head adjacent")
 
-    def attend(self, q_THD: Tensor, k_KPD: Tensor, v_KPD: Tensor, scales_KP: tuple[Tensor, Tensor] | None,
-               table: PlanTable, spec: AttentionSpec, o_THD: Tensor, lse_TH: Tensor) -> None:
-        """Attention of the table's rows over its blocks, merged into the accumulators."""
+    def attend(self, q_THD: Tensor, keys: "KeyValues", plan: AttentionPlan, spec: AttentionSpec,
+               state: tuple[Tensor, Tensor]) -> None:
         if q_THD.dtype != self.dtype:
             raise DtypeError("q_THD", q_THD.dtype, f"{self.dtype}, for which the keys were laid out")
-        self.kernel.attend(q_THD, k_KPD, v_KPD, scales_KP, self.block, table, spec, o_THD, lse_TH)
+        self.kernel.attend(q_THD, keys.k_KPD, keys.v_KPD, keys.scales_KP, self.block, plan.table(self.block), spec,
+                           *state)
 
     def write(self, x_KTD: Tensor, into_KPD: Tensor, where_T: Tensor, is_value: bool) -> None:
-        """Write tokens at these offsets of a storage. Raises ShapeError, and writes nothing, for an offset that is
-        not in it."""
+        """Raises ShapeError, and writes nothing, for an offset that is not in the storage."""
         bad = self.kernel.store(x_KTD, into_KPD, where_T, block=self.block, pack=PACK[self.dtype], is_value=is_value)
         if bad is not None:
             raise ShapeError("where_T", f"with offset {bad}", f"0 to {into_KPD.shape[1] - 1}")

@@ -38,7 +38,7 @@ def test_random_exchanges_arrive_byte_for_byte_and_are_counted(
             assert statistics["sent_messages"] == sum(n_bytes[rank] > 0 for n_bytes in sizes)
             assert statistics["received_messages"] == sum(
                 n_bytes[(rank - shift) % size] > 0 for shift, n_bytes in zip(shifts, sizes))
-            assert statistics["wait_s"] >= 0
+            assert statistics["wait_s"] >= 0 and statistics["packing_s"] > 0
 
 
 def test_a_slow_reader_never_sees_its_slot_overwritten(ring_processes: RingProcesses, transport: str) -> None:
