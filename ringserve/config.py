@@ -10,7 +10,7 @@ from ringserve.errors import ConfigError
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 RingMode = Literal["auto", "pass-kv", "pass-q"]
 PolicyName = Literal["fcfs", "edf", "slack", "slack-floor", "srpt"]
-TransportName = Literal["auto", "shm", "gloo", "nccl"]
+TransportName = Literal["auto", "shm", "gloo", "nccl", "symm"]
 AttentionName = Literal["auto", "native", "torch", "triton", "cudnn", "fa2", "fa3", "fa4", "flash", "efficient"]
 KVCacheDtype = Literal["auto", "int8", "fp8"]
 
@@ -102,7 +102,8 @@ class RingConfig:
     """CPU threads of each rank. Unset: the cores divided by the ranks, at least one."""
 
     transport: TransportName = "auto"
-    """How ranks exchange tensors: `shm` (shared memory on one host), `nccl` (GPUs), `gloo` (sockets)."""
+    """How ranks exchange tensors: `shm` (shared memory on one host), `nccl` (GPUs), `symm` (GPUs of one
+    host that reach each other's memory: their copy engines), `gloo` (sockets)."""
 
     ring_mode: RingMode = "auto"
     """What travels in prefill: keys and values, queries, or whichever the cost model predicts is faster."""

@@ -1,5 +1,6 @@
 """Placement: which device, how many threads and which transport each rank gets, and why."""
 
+import itertools
 import os
 import platform
 import sys
@@ -47,8 +48,10 @@ def _transport(config: RingConfig, on_gpu: bool, reasons: list[str]) -> str:
     shm_works = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
     best = "nccl" if on_gpu else "shm" if shm_works else "gloo"
     chosen = best if config.transport == "auto" else config.transport
-    if (chosen == "nccl") != on_gpu:
+    if (chosen in ("nccl", "symm")) != on_gpu:
         raise ConfigError(f"transport {chosen} does not fit ranks on {'CUDA devices' if on_gpu else 'the CPU'}")
+    if chosen == "symm" and (apart := _pair_apart(config.ring_size)):
+        raise ConfigError(f"transport symm needs devices that reach each other's memory; {apart} do not: use nccl")
     if chosen == "shm" and not shm_works:
         raise ConfigError("transport shm needs Linux on x86_64: use gloo")
     if config.ring_size == 1:
@@ -59,6 +62,14 @@ def _transport(config: RingConfig, on_gpu: bool, reasons: list[str]) -> str:
     reasons.append(f"ring: {config.ring_size} ranks over {chosen} ({why}), mode {config.ring_mode}, segments of "
                    f"{config.ring_segment} tokens")
     return chosen
+
+
+def _pair_apart(ring_size: int) -> str | None:
+    """Two of the ranks' devices that cannot read each other's memory."""
+    import torch
+
+    return next((f"cuda:{a} and cuda:{b}" for a, b in itertools.permutations(range(ring_size), 2)
+                 if not torch.cuda.can_device_access_peer(a, b)), None)
 
 
 def _cuda_devices() -> int:

@@ -73,8 +73,8 @@ class LocalExecutor:
         self.ring_size, self._placement, self._timeout_s = ring_size, placement, step_timeout_s
         self.epoch = 0
         self.shares_host_memory = placement.devices[0] == "cpu"
-        # Only gloo and NCCL meet in files.
-        self._directory = tempfile.mkdtemp(prefix="ringserve-") if placement.transport in ("gloo", "nccl") else ""
+        meet_in_files = placement.transport in ("gloo", "nccl", "symm")
+        self._directory = tempfile.mkdtemp(prefix="ringserve-") if meet_in_files else ""
         self._region = -1
         if ring_size > 1 and placement.transport == "shm":
             from ringserve.ring.region import create_region

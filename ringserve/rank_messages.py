@@ -17,11 +17,11 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     threads: int
     transport: str
-    """`shm`, `gloo` or `nccl`; unused in a ring of one."""
+    """`shm`, `gloo`, `nccl` or `symm`; unused in a ring of one."""
     region_fd: int
     """Of the shared memory region; -1 without."""
     directory: str
-    """Private to this start, for the rendezvous files of gloo and nccl."""
+    """Private to this start, for the rendezvous files of all but `shm`."""
 
 
 class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -140,6 +140,12 @@ class RankProcess:
 
             return RingGroup(GlooTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,
                                            timeout_s=timeout))
+        if setup.transport == "symm":
+            from ringserve.ring.symmetric import SymmetricMemoryTransport
+
+            return RingGroup(SymmetricMemoryTransport(setup.directory, rank=setup.rank, size=size,
+                                                      slot_bytes=order.message_bytes, epoch=order.epoch,
+                                                      device=device, timeout_s=timeout))
         from ringserve.ring.nccl import NcclTransport
 
         return RingGroup(NcclTransport(setup.directory, rank=setup.rank, size=size, epoch=order.epoch,

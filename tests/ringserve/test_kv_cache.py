@@ -2,7 +2,7 @@
 
 import psutil
 import torch
-from ringserve_kernels import AttentionSpec
+from ringserve_kernels import TILES, AttentionSpec
 
 from ringserve.model.kv_cache import KVCache, key_bytes
 
@@ -10,7 +10,7 @@ SPECS = [AttentionSpec(4, 2, 8, 8, 1.0), AttentionSpec(4, 1, 8, 16, 1.0)]
 
 
 def test_keys_and_values_land_in_their_slots() -> None:
-    cache = KVCache(SPECS, [None, None], slots=5, block_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    cache = KVCache(SPECS, [TILES, TILES], slots=5, block_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     k_KTD, v_KTD = torch.randn(1, 3, 8).bfloat16(), torch.randn(1, 3, 16).bfloat16()
     where_T = torch.tensor([19, 2, 3])
     cache.write(1, k_KTD, v_KTD, where_T)
@@ -25,7 +25,7 @@ def test_keys_and_values_land_in_their_slots() -> None:
 def test_pages_that_were_never_written_cost_no_memory() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    cache = KVCache(SPECS, [None, None], slots=1 << 16, block_size=64, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(SPECS, [TILES, TILES], slots=1 << 16, block_size=64, dtype=torch.float32, device=torch.device("cpu"))
     assert sum(layer.k_KPD.nbytes + layer.v_KPD.nbytes for layer in cache.layers) > 800 << 20
     assert process.memory_info().rss - before < 100 << 20
 
