@@ -110,10 +110,7 @@ class LocalExecutor:
         self.groups = first.groups
         self.kv_bytes_per_token = first.kv_bytes_per_token
         self.linear_flops_per_token = first.linear_flops_per_token
-        self._agreed = [len(set(names)) == 1 for names in zip(*(rank.kernels for rank in loaded))]
-        self.kernels = [name if agreed else "torch" for name, agreed in zip(first.kernels, self._agreed)]
-        self.attention = [words if agreed else f"{words}; torch on all ranks, because they differ"
-                          for words, agreed in zip(first.attention, self._agreed)]
+        self._agreed, self.kernels, self.attention = agreement(loaded)
         self.linear = first.linear
         self._message_bytes = first.message_bytes
 
@@ -239,3 +236,14 @@ class LocalExecutor:
         if failed.peer is not None:
             return EngineDeadError(f"rank {failed.peer} hangs: {failed.message}", failed.peer)
         return EngineDeadError(f"rank {failed.rank} failed: {failed.message}", failed.rank)
+
+
+def agreement(ranks: list[RankLoaded]) -> tuple[list[bool], list[str], list[str]]:
+    """By group of layers: whether keys would lie alike on all ranks, what computes it then, and that in words. Keys
+    travel as they lie, so where they would not lie alike torch's operations serve on all ranks."""
+    agreed, kernels, words = [], [], []
+    for group, said in enumerate(ranks[0].attention):
+        agreed.append(len({rank.orders[group] for rank in ranks}) == 1)
+        kernels.append(", ".join(sorted({rank.kernels[group] for rank in ranks})) if agreed[-1] else "torch")
+        words.append(said if agreed[-1] else f"{said}; torch on all ranks, because their keys would lie differently")
+    return agreed, kernels, words

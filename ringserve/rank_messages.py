@@ -36,9 +36,11 @@ class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message_bytes: int
     """Of the largest message of the ring."""
     kernels: list[str]
-    """[groups] the kernel that this rank would compute a group with; its keys lie as that one reads them."""
+    """[groups] what this rank would compute a group with."""
+    orders: list[str]
+    """[groups] how its keys would lie then."""
     attention: list[str]
-    """[groups] the same in words, and why."""
+    """[groups] the kernel in words, and why."""
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -48,7 +50,7 @@ class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     epoch: int
     message_bytes: int
     agreed: list[bool]
-    """[groups] whether all ranks have chosen the same kernel: keys travel as they lie."""
+    """[groups] whether keys would lie alike on all ranks, so that they may travel as they lie."""
 
 
 class CacheReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -86,6 +86,7 @@ class RankProcess:
             linear_flops_per_token=2.0 * linear_size(model), linear=packing,
             message_bytes=max(self._message_bytes(group, dtype.itemsize) for group in runner.groups),
             kernels=[choice.layout.name for choice in runner.choices],
+            orders=[choice.layout.order for choice in runner.choices],
             attention=[f"{_describe(group)}: {choice.words}" for group, choice in zip(runner.groups, runner.choices)]))
 
     def _message_bytes(self, group: LayerGroup, element: int) -> int:

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 class Layout(Protocol):
     @property
     def name(self) -> str:
-        """Ranks whose layouts have the same name may exchange keys as they lie."""
+        """Of what computes."""
+        ...
+
+    @property
+    def order(self) -> str:
+        """Of the keys: ranks whose layouts have the same one may exchange keys as they lie."""
         ...
 
     @property

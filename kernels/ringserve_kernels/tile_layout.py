@@ -22,6 +22,7 @@ State = tuple[Tensor, Tensor]
 
 class TileLayout:
     name = "torch"
+    order = "tokens"
     granule = 1
 
     def check_storage(self, name: str, x_KPD: Tensor) -> None:

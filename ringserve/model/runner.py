@@ -78,8 +78,8 @@ class ModelRunner:
         return self._layouts[self._group_of[layer]]
 
     def allocate(self, slots: int, ring: RingGroup, agreed: Sequence[bool] | None = None) -> None:
-        """A fresh cache and empty tables, on this ring. `agreed` [groups]: whether all its ranks have chosen the same;
-        keys travel as they lie, so where they have not, torch's operations serve."""
+        """A fresh cache and empty tables, on this ring. `agreed` [groups]: whether keys would lie alike on all its
+        ranks; they travel as they lie, so where they would not, torch's operations serve."""
         self._ring = ring
         if agreed is not None:
             self._layouts = [choice.layout if same else TILES for choice, same in zip(self.choices, agreed)]

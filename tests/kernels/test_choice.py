@@ -139,3 +139,14 @@ def test_a_spoilt_memory_is_forgotten(content: str, remembered: Path) -> None:
 
 def test_the_names_of_kernels_are_those_of_the_command_line() -> None:
     assert get_args(choice.Wanted) == get_args(AttentionName)
+
+
+def test_keys_of_one_order_may_be_exchanged() -> None:
+    """Whatever computes on them."""
+    class Kernel:
+        name = "some"
+
+    first, other, fp32 = (NativeLayout(Kernel(), block, dtype)  # type: ignore[arg-type]
+                          for block, dtype in ((64, torch.bfloat16), (32, torch.bfloat16), (64, torch.float32)))
+    assert len({first.order, other.order, fp32.order, TILES.order}) == 4
+    assert first.order == NativeLayout(Kernel(), 64, torch.bfloat16).order  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ def test_keys_and_values_land_in_their_slots() -> None:
 def test_pages_that_were_never_written_cost_no_memory() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    cache = KVCache(SPECS, [TILES, TILES], slots=1 << 16, block_size=64, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(SPECS, [TILES, TILES], slots=1 << 16, block_size=64, dtype=torch.float32,
+                    device=torch.device("cpu"))
     assert sum(layer.k_KPD.nbytes + layer.v_KPD.nbytes for layer in cache.layers) > 800 << 20
     assert process.memory_info().rss - before < 100 << 20
 

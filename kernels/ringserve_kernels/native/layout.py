@@ -52,6 +52,10 @@ class NativeLayout:
         return f"native {self.kernel.name}"
 
     @property
+    def order(self) -> str:
+        return f"blocks of {self.block} by {PACK[self.dtype]}"
+
+    @property
     def granule(self) -> int:
         return self.block
 

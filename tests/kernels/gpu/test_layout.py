@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ringserve_kernels import plan_attention
+from ringserve_kernels import TILES, plan_attention
 from ringserve_kernels.gpu import layout
 from ringserve_kernels.gpu.dense import DenseOperation
 from ringserve_kernels.gpu.layout import PagedLayout
@@ -45,6 +45,12 @@ def test_long_runs_go_to_the_dense_operation_and_the_rest_to_triton() -> None:
     runs, left = plan.without_runs(32)
     assert [run.key_stop - run.key_start for run in runs] == [1216]
     assert sum(blocks.tokens for _, blocks in left.sequences) == 1300 - 1216 + 23 + 701
+
+
+def test_keys_lie_as_for_torch_whatever_stands_beside_triton() -> None:
+    layouts = [PagedLayout(64), PagedLayout(64, CPU_FLASH)]
+    assert [layout.name for layout in layouts] == ["triton", "cpu-flash and triton"]
+    assert {layout.order for layout in layouts} == {TILES.order}
 
 
 def test_windows_that_end_within_a_past_leave_it_to_triton() -> None:
