@@ -67,18 +67,13 @@ def passes_kv(new: int, cached: int, group: LayerGroup, ranks: int, machine: Mac
     if group.window is not None:
         cached = min(cached, group.window)
     if not machine.overlaps:
-        return (new + cached) * key_bytes(group, machine) <= new * query_bytes(group, machine)
+        return (new + cached) * group.key_bytes <= new * query_bytes(group, machine)
     heads, kv_heads = group.num_heads, group.num_kv_heads
     compute = ranks * machine.flops * machine.element_bytes
     hidden_from = compute * kv_heads / (2 * heads * machine.link_bytes_per_s)
     if new >= (hidden_from if cached else 2 * hidden_from):
         return True
     return new / (new + cached) >= 2 * kv_heads / heads - 4 * new * machine.link_bytes_per_s / compute
-
-
-def key_bytes(group: LayerGroup, machine: Machine) -> float:
-    """Of one token's key and value in one layer."""
-    return group.key_bytes or group.num_kv_heads * (group.key_dim + group.value_dim) * machine.element_bytes
 
 
 def query_bytes(group: LayerGroup, machine: Machine) -> float:
@@ -146,7 +141,7 @@ class CostModel:
 
     @property
     def kv_bytes_per_token(self) -> float:
-        return sum(key_bytes(group, self.machine) * len(group.layers) for group in self.groups)
+        return sum(group.key_bytes * len(group.layers) for group in self.groups)
 
     @property
     def weights(self) -> Vector:
@@ -196,7 +191,7 @@ class CostModel:
             layers = len(group.layers)
             reach = cached + new if group.window is None else min(cached + new, group.window + new)
             seen = reach / (cached + new)
-            per_key, per_query = key_bytes(group, self.machine) * layers, query_bytes(group, self.machine) * layers
+            per_key, per_query = float(group.key_bytes * layers), query_bytes(group, self.machine) * layers
             pairs = _pairs(start + new, group.window) - _pairs(start, group.window)
             flops = 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs
             for rank, features in rows.items():
@@ -251,7 +246,7 @@ class CostModel:
         for group, mode in zip(self.groups, modes):
             layers = len(group.layers)
             reach = start + new if group.window is None else min(start + new, group.window + new)
-            per_key, per_query = key_bytes(group, self.machine) * layers, query_bytes(group, self.machine) * layers
+            per_key, per_query = float(group.key_bytes * layers), query_bytes(group, self.machine) * layers
             pairs = _pairs(start + new, group.window) - _pairs(start, group.window)
             flops = 2 * group.num_heads * (group.key_dim + group.value_dim) * layers * pairs / width
             others = width - 1

@@ -26,8 +26,8 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[int, ...]
     num_heads: int
     """Query heads, for the cost model; layers of one group agree."""
-    key_bytes: int = 0
-    """Of one token's key and value in one layer, as they are kept and travel. 0: in the machine's number format."""
+    key_bytes: int
+    """Of one token's key and value in one layer, as they are kept and travel."""
 
 
 class NewRequest(msgspec.Struct, frozen=True):

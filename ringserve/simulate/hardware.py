@@ -27,7 +27,8 @@ def _llama_8b_on_8_h200() -> Hardware:
     the memory bandwidth, 370 GB/s to another rank. A step costs its launches and the reading of 16 GB of weights,
     5 ms; an exchange 10 us. KV of a token: 128 KiB; 80 GB of each rank's memory hold it.
     """
-    group = LayerGroup(num_kv_heads=8, key_dim=128, value_dim=128, window=None, layers=tuple(range(32)), num_heads=32)
+    group = LayerGroup(num_kv_heads=8, key_dim=128, value_dim=128, window=None, layers=tuple(range(32)), num_heads=32,
+                       key_bytes=8 * 256 * 2)
     return Hardware(
         name="Llama 3.1 8B on 8 H200", ring_size=8, slots_per_rank=80_000_000_000 // (64 * 131_072), groups=(group,),
         linear_flops_per_token=2 * 7.5e9, linear_flops=640e12,
@@ -38,7 +39,8 @@ def _llama_8b_on_8_h200() -> Hardware:
 def _needle_on_two_cores() -> Hardware:
     """needle in bf16 on a ring of two one-thread ranks: what `ringserve serve` learned on two cores without AMX."""
     def group(layers: tuple[int, ...], window: int | None) -> LayerGroup:
-        return LayerGroup(num_kv_heads=1, key_dim=64, value_dim=64, window=window, layers=layers, num_heads=2)
+        return LayerGroup(num_kv_heads=1, key_dim=64, value_dim=64, window=window, layers=layers, num_heads=2,
+                          key_bytes=128 * 2)
 
     return Hardware(
         name="needle on two cores", ring_size=2, slots_per_rank=145_000, groups=(group((0, 1), 16), group((2,), None)),

@@ -35,7 +35,7 @@ MACHINE = Machine(flops=1e9, link_bytes_per_s=1e9, element_bytes=4, overlaps=Tru
 
 def layer_group(window: int | None = None, layers: int = 1) -> LayerGroup:
     return LayerGroup(num_kv_heads=1, key_dim=8, value_dim=8, window=window, layers=tuple(range(layers)),
-                      num_heads=2)
+                      num_heads=2, key_bytes=16 * 4)
 
 
 def next_token(token_ids: Sequence[int], params: SamplingParams, prompt_tokens: int) -> int:

@@ -34,7 +34,7 @@ from ringserve.plan import LayerGroup
 
 def group(window: int | None = None, heads: int = 8, kv_heads: int = 2, layers: int = 1) -> LayerGroup:
     return LayerGroup(num_kv_heads=kv_heads, key_dim=64, value_dim=64, window=window, layers=tuple(range(layers)),
-                      num_heads=heads)
+                      num_heads=heads, key_bytes=kv_heads * 128 * 2)
 
 
 # C = 1e12, BW = 1e9, e = 2, N = 4, K/H = 1/4: the transfer hides from N C K e / (2 H BW) = 1000 tokens on.

@@ -18,7 +18,8 @@ from ringserve.sampling_params import SamplingParams
 from tests.ringserve.fake_ranks import Driven
 
 SIZE = 16
-GROUP = LayerGroup(num_kv_heads=2, key_dim=64, value_dim=64, window=None, layers=tuple(range(4)), num_heads=8)
+GROUP = LayerGroup(num_kv_heads=2, key_dim=64, value_dim=64, window=None, layers=tuple(range(4)), num_heads=8,
+                   key_bytes=2 * 128 * 4)
 CPU = Machine(flops=5e10, link_bytes_per_s=5e9, element_bytes=4, overlaps=False)
 
 
