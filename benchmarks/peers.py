@@ -73,10 +73,12 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--max-step-ms", type=float, default=None,
+                        help="default: the server's own, in which others need not wait for a whole chunk")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--own", type=int, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    options = {"attention": args.attention, "kv_cache_dtype": args.kv_cache_dtype}
+    options = {"attention": args.attention, "kv_cache_dtype": args.kv_cache_dtype, "max_step_ms": args.max_step_ms}
     if args.own:
         measure(args.model, args.sizes, args.own, options)
         return
@@ -86,7 +88,7 @@ def main() -> None:
     if check.returncode:
         raise SystemExit(f"the self-test failed, nothing is timed: {check.stderr[-1000:]}")
     sizes = [str(size) for size in args.sizes]
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     commands = {f"{OWN}, ring {ring}": [sys.executable, __file__, args.model, *sizes, "--own", str(ring), *flags]
                 for ring in args.rings}
     for peer in args.peer:
