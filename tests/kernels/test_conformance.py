@@ -267,6 +267,13 @@ def test_the_number_of_threads_changes_nothing(backend: Backend, new: int, dtype
         assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+def test_so_many_keys_that_their_pieces_grow(backend: Backend) -> None:
+    """64 rows of 8 heads are one task; its partials are at most 16, so pieces of 70,000 keys are longer than 4,096."""
+    batch, spec = Batch(lengths=((70_000, 64),), block=64, scatter=False), make_spec(kv_heads=1, group=8, dim=16)
+    assert_close(Shards(batch, spec, backend).attend(0), Shards(batch, spec).attend(0), torch.float32)
+
+
 class TestRefusals:
     """A typed error names the argument and what is allowed."""
 

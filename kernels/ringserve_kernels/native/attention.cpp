@@ -25,9 +25,10 @@ namespace {
 
 constexpr int CHUNK = 256;          // keys, and the largest block
 constexpr int MOST_BLOCKS = CHUNK / 16;
-constexpr int TASK_ROWS = 192;      // packed rows whose O (fp32) and Q lie in the second cache
-constexpr int FEW_ROWS = 128;       // sequences of at most so many packed rows have their keys split into pieces
-constexpr int PIECE = 4096;         // keys; fixed, so that a sequence's result depends on nothing else in the batch
+constexpr int TASK_ROWS = 512;      // packed rows whose O (fp32) and Q lie in the second cache
+constexpr int PIECE = 4096;         // keys of a piece at least, where a sequence's rows are one task
+constexpr int MOST_PART_ROWS = 8192;  // rows of all partials of a head: bounds their memory. Nothing else in the batch
+                                      // decides about the pieces, so a sequence's result does not depend on it
 constexpr int MOST_STRIP = 32;      // rows of the tallest strip
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
@@ -467,8 +468,7 @@ void reach(const RingserveAttention& call, int64_t sequence, int64_t row_from, i
 template <class F>
 void attend(const RingserveAttention& call) {
     const int64_t group = call.heads / call.kv_heads;
-    const int64_t step = std::max<int64_t>(1, TASK_ROWS / group);
-    const int64_t piece = std::max<int64_t>(1, PIECE / call.block);
+    const int64_t most = std::max<int64_t>(1, TASK_ROWS / group);
     std::vector<Task> tasks;
     std::vector<Split> splits;
     std::vector<int64_t> part_at;  // of each partial: its rows before it
@@ -477,9 +477,12 @@ void attend(const RingserveAttention& call) {
         const int64_t count = call.row_count[s];
         if (!count || call.block_start[s] == call.block_start[s + 1]) continue;
         for (int64_t head = 0; head < call.kv_heads; ++head) {
-            if (count * group <= FEW_ROWS) {
+            if (count <= most) {
                 int64_t from, to;
                 reach(call, s, 0, count, from, to);
+                const int64_t most_parts = std::max<int64_t>(1, MOST_PART_ROWS / (count * group));
+                const int64_t piece =
+                    std::max<int64_t>({1, PIECE / call.block, (to - from + most_parts - 1) / most_parts});
                 const int64_t parts = (to - from + piece - 1) / piece;
                 if (parts > 1) splits.push_back({s, head, int64_t(part_at.size()), parts});
                 for (int64_t i = 0; i < parts; ++i) {
@@ -489,6 +492,7 @@ void attend(const RingserveAttention& call) {
                 }
                 continue;
             }
+            const int64_t times = (count + most - 1) / most, step = (count + times - 1) / times;  // tasks of one size
             for (int64_t row = (count - 1) / step * step; row >= 0; row -= step) {  // the longest first
                 int64_t from, to;
                 const int64_t row_to = std::min(count, row + step);
