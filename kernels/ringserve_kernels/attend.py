@@ -9,10 +9,8 @@ from torch import Tensor
 from ringserve_kernels.attention_plan import AttentionPlan
 from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
 from ringserve_kernels.key_values import KeyValues
-from ringserve_kernels.merge import new_state
+from ringserve_kernels.merge import State, new_state
 from ringserve_kernels.spec import AttentionSpec
-
-State = tuple[Tensor, Tensor]
 
 
 def attend(q_THD: Tensor, keys: KeyValues, plan: AttentionPlan, spec: AttentionSpec,

@@ -12,10 +12,10 @@ from ringserve_kernels.attend import attend
 from ringserve_kernels.attention_plan import KeyBlocks, RowSpan, plan_attention
 from ringserve_kernels.key_values import KeyValues
 from ringserve_kernels.layout import Layout
+from ringserve_kernels.merge import State
 from ringserve_kernels.reference import reference_attention
 from ringserve_kernels.spec import AttentionSpec
 
-State = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 
 

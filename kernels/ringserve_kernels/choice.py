@@ -30,8 +30,10 @@ from ringserve_kernels.tile_layout import TILES
 Wanted = Literal["auto", "native", "torch", "triton", "cudnn", "fa2", "fa3", "fa4", "flash", "efficient"]
 BOUND = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-3), torch.float16: (5e-3, 1e-3)}
 """Of the small cases: relative RMS of o, and the largest difference of lse."""
-CHECKED = ((37, 300), (130, 1500))
-"""(rows, keys): rows that fill no tile; a past that is long enough for every path."""
+Shapes = tuple[tuple[int, int], ...]
+"""(rows, keys) each."""
+CHECKED: Shapes = ((37, 300),)
+"""Rows that fill no tile."""
 CHUNK, DECODE = (256, 4096), (1, 16384)
 """The race's shapes on a CPU: a chunk of a prompt, and a decode step."""
 
@@ -59,14 +61,15 @@ class Against:
         return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in self._names.items())
 
 
-def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, wanted: Wanted) -> Choice:
-    """Raises KernelUnavailable when what is wanted cannot be had."""
+def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, wanted: Wanted,
+           quantized: bool = False) -> Choice:
+    """`quantized`: keys and values will be codes. Raises KernelUnavailable when what is wanted cannot be had."""
     if wanted == "torch":
         return Choice(TILES, f"{torch_path(spec, dtype, device)} (as asked for)")
     if device.type == "cuda":
         from ringserve_kernels.gpu.choice import choose_on_gpu  # brings Triton
 
-        return choose_on_gpu(spec, dtype, device, block, wanted)
+        return choose_on_gpu(spec, dtype, device, block, wanted, quantized)
     if wanted not in ("auto", "native"):
         raise KernelUnavailable(f"attention by {wanted} is for GPUs, not {device.type}")
     return _choose_on_cpu(spec, dtype, device, block, forced=wanted == "native")
@@ -74,11 +77,11 @@ def choose(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block:
 
 def _choose_on_cpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, forced: bool) -> Choice:
     against = Against()
-    refusal = NativeLayout.refusal(spec, dtype, block) if runnable() else "this CPU has neither AVX2 nor AVX-512"
+    refusal = _refusal(spec, dtype, device, block)
     for variant in [] if refusal else runnable():
         try:
             layout = NativeLayout(_kernel(variant), block, dtype)
-            verify(layout, spec, dtype, block, device)
+            verify(layout, spec, dtype, block, device, CHECKED)
         except KernelUnavailable as error:
             against.add(variant.name, str(error))
             continue
@@ -96,9 +99,19 @@ def _choose_on_cpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device
     return Choice(TILES, f"{torch_path(spec, dtype, device)} (native kernel not used: {refusal or against})")
 
 
-def verify(layout: Layout, spec: AttentionSpec, dtype: torch.dtype, block: int, device: torch.device) -> None:
-    """Raises KernelUnavailable unless small cases come out right."""
-    for rows, keys in CHECKED:
+def _refusal(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int) -> str | None:
+    """Why the native kernel is not even tried."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not {device.type}"
+    if not runnable():
+        return "this CPU has neither AVX2 nor AVX-512"
+    return NativeLayout.refusal(spec, dtype, block)
+
+
+def verify(layout: Layout, spec: AttentionSpec, dtype: torch.dtype, block: int, device: torch.device,
+           shapes: Shapes) -> None:
+    """Raises KernelUnavailable unless cases of these shapes come out right."""
+    for rows, keys in shapes:
         case = Case(spec, dtype, rows, keys, block, device)
         expected_o, expected_lse = case.expected()
         try:

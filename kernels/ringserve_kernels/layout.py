@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from ringserve_kernels.attention_plan import AttentionPlan
+from ringserve_kernels.merge import State
 from ringserve_kernels.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Layout(Protocol):
         ...
 
     def attend(self, q_THD: Tensor, keys: "KeyValues", plan: AttentionPlan, spec: AttentionSpec,
-               state: tuple[Tensor, Tensor]) -> None:
+               state: State) -> None:
         """Attention of the plan's rows, merged into the accumulators. The arguments were checked by `attend`; raises
         ArgumentError for what only this layout cannot take."""
         ...

@@ -7,6 +7,8 @@ inputs), natural logarithm, -inf where a row sees no key, and `o_THD` is 0 there
 import torch
 from torch import Tensor
 
+State = tuple[Tensor, Tensor]
+"""(o, lse): a partial result, or the accumulators."""
 Rows = slice | Tensor
 """Which rows of an accumulator a partial belongs to: a range, or distinct indices (int64)."""
 

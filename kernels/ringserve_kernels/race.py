@@ -1,4 +1,4 @@
-"""Races between layouts on this machine, remembered: (a second on a CPU) once per machine, shape and library.
+"""Races between layouts on this machine (a second on a CPU), run once per machine, shape and library.
 
 The result is kept in `races.json` of the user's cache directory; a file that cannot be read or written costs a race.
 """
@@ -30,7 +30,8 @@ def race(contenders: Mapping[str, Layout], spec: AttentionSpec, dtype: torch.dty
                              *contenders)))
     path = cache_directory() / "races.json"
     known = _remembered(path)
-    if key not in known or known[key].keys() != contenders.keys():
+    found = known.get(key, {})
+    if found.keys() != contenders.keys() or any(len(best) != len(shapes) for best in found.values()):
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for rows, keys in shapes:
             # The widest view of the layer's shape: a window would make all of them fast.

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ringserve_kernels.attend import attend
 from ringserve_kernels.key_values import KeyValues
-from ringserve_kernels.merge import merge_rows, merge_sink
+from ringserve_kernels.merge import State, merge_rows, merge_sink
 from ringserve_kernels.ring import Ring
 from ringserve_kernels.ring_plan import QueryExchange, RingPlan, SegmentExchange
 from ringserve_kernels.rounds import Message, Rounds
 from ringserve_kernels.spec import AttentionSpec
-
-State = tuple[Tensor, Tensor]
 
 
 def ring_attention(q_THD: Tensor, keys: KeyValues, plan: RingPlan, spec: AttentionSpec, ring: Ring,

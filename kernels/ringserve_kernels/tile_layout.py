@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringserve_kernels.attention_plan import AttentionPlan, GatheredTiles
-from ringserve_kernels.merge import merge_rows
+from ringserve_kernels.merge import State, merge_rows
 from ringserve_kernels.quantize import LARGEST
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile import attend_tile
@@ -17,7 +17,6 @@ from ringserve_kernels.tile import attend_tile
 if TYPE_CHECKING:
     from ringserve_kernels.key_values import KeyValues
 
-State = tuple[Tensor, Tensor]
 
 
 class TileLayout:

@@ -61,7 +61,8 @@ class ModelRunner:
         self._group_of = [next(g for g, group in enumerate(self.groups) if i in group.layers)
                           for i in range(len(layers))]
         try:
-            self.choices = [choose(layers[group.layers[0]].spec, dtype, device, block_size, attention)
+            self.choices = [choose(layers[group.layers[0]].spec, dtype, device, block_size, attention,
+                                   quantized=kv_cache_dtype in STORED)
                             for group in self.groups]
         except KernelUnavailable as error:
             raise ConfigError(str(error)) from None

@@ -6,8 +6,6 @@ two devices first.
 What differs from the transports of the host:
 - `wait` makes the current stream wait, not the host: the host runs ahead, and the seconds it reports are not
   the transfer's. All calls must be made under the same current stream.
-- Headers are written and verified only with checksums on, because reading one stops the host until the device
-  is done. Without them the lengths are what both sides know from the plan.
 - A peer that never sends is noticed by NCCL's watchdog after the time-out; it ends the process, and the
   engine sees a rank that died. `abort` frees this rank's own pending operations.
 - NCCL's bootstrap listens on the interfaces named by NCCL_SOCKET_IFNAME: on one host the parent starts the
@@ -24,24 +22,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from ringserve.ring.device import DeviceTransport
 from ringserve.ring.staging import SLOTS, StagingBuffers
-from ringserve.ring.transport import HEADER_BYTES, Exchange, Framing, host_bytes
-
-_U32 = 0xFFFFFFFF
+from ringserve.ring.transport import HEADER_BYTES, Exchange
 
 
-class NcclTransport:
+class NcclTransport(DeviceTransport):
     """One rank's end of an NCCL communicator, which is the process' default process group for the epoch."""
 
     def __init__(self, directory: str, *, rank: int, size: int, epoch: int, device: torch.device,
                  timeout_s: float, checksums: bool = False) -> None:
         """`directory`: made for this start, private to the user, shared by the ranks; one file per epoch."""
-        self.rank = rank
-        self.size = size
-        self.epoch = epoch
-        self.device = device
-        self._checksums = checksums
-        self._framing = Framing(rank, epoch, checksums)
+        super().__init__(rank=rank, size=size, epoch=epoch, device=device, checksums=checksums)
         self._outgoing = StagingBuffers(device)
         self._incoming = StagingBuffers(device)
         self._sent = [0] * size
@@ -53,9 +45,6 @@ class NcclTransport:
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device,
                                 timeout=timedelta(seconds=timeout_s))
         dist.barrier()  # the first operation of a communicator must be made by all of its ranks
-
-    def begin_step(self, step: int) -> None:
-        self._framing.begin_step(step)
 
     def slot(self, destination: int, n_bytes: int) -> Tensor:
         sequence = self._sent[destination]
@@ -70,8 +59,7 @@ class NcclTransport:
         buffer = None
         if exchange.send_bytes:
             packed = self._outgoing.take(destination, sent, exchange.send_bytes)
-            if self._checksums:
-                self._write_header(packed, sent)
+            self._seal(packed, sent)
             operations.append(dist.P2POp(dist.isend, packed, destination))
         if exchange.receive_bytes:
             buffer = self._incoming.take(source, received, exchange.receive_bytes)
@@ -90,11 +78,7 @@ class NcclTransport:
         works, buffer = self._receiving.pop((source, sequence))
         for work in works:
             work.wait()
-        message = buffer[HEADER_BYTES:]
-        if self._checksums:
-            header = host_bytes(buffer[:HEADER_BYTES].cpu())
-            self._framing.verify(header, 0, source, sequence & _U32, message)
-        return message
+        return self._opened(buffer, source, sequence)
 
     def release(self, exchange: Exchange) -> None:
         """Nothing to do: a later receive into this buffer is ordered after the reads on the stream."""
@@ -107,8 +91,3 @@ class NcclTransport:
         self._receiving.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def _write_header(self, packed: Tensor, sequence: int) -> None:
-        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        self._framing.write(host_bytes(header), 0, sequence & _U32, packed[HEADER_BYTES:])
-        packed[:HEADER_BYTES].copy_(header)

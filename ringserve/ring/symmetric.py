@@ -9,8 +9,8 @@ the transport tests on two devices before trusting it. It is used only when it i
     receiver, compute stream    wait until copied (n) · read inbox · mark released (n)
 
 The receiver pulls, so a sender never writes over what is being read. As with NCCL, `wait` makes the stream wait, not
-the host, and headers are written and verified only with checksums on. A signal that does not come within the time-out
-ends the process by a trap on the device; the engine sees a rank that died.
+the host. A signal that does not come within the time-out ends the process by a trap on the device; the engine sees a
+rank that died.
 """
 
 import os
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from ringserve.ring.device import DeviceTransport
 from ringserve.ring.staging import SLOTS, StagingBuffers
-from ringserve.ring.transport import HEADER_BYTES, Exchange, Framing, host_bytes
+from ringserve.ring.transport import HEADER_BYTES, Exchange
 
 READY: Final = 0
 """First channel, by slot: the sender's outbox holds a message."""
 CONSUMED: Final = SLOTS
 """First channel, by slot: the receiver has copied it."""
 _ROOM: Final = 256
-_U32: Final = 0xFFFFFFFF
+"""Outboxes begin at a multiple of so many bytes."""
 
 
 class CopyStream:
@@ -66,18 +67,13 @@ def open_symmetric(directory: str, *, rank: int, size: int, epoch: int, device: 
     return _SymmetricMemory.rendezvous(symmetric.empty(n_bytes, dtype=torch.uint8, device=device), name)
 
 
-class SymmetricMemoryTransport:
+class SymmetricMemoryTransport(DeviceTransport):
     """One rank's end: an outbox for every (destination, slot) in symmetric memory, inboxes in its own."""
 
     def __init__(self, directory: str, *, rank: int, size: int, slot_bytes: int, epoch: int, device: torch.device,
                  timeout_s: float, checksums: bool = False) -> None:
         """`directory`: made for this start, private to the user, shared by the ranks; one file per epoch."""
-        self.rank = rank
-        self.size = size
-        self.epoch = epoch
-        self.device = device
-        self._checksums = checksums
-        self._framing = Framing(rank, epoch, checksums)
+        super().__init__(rank=rank, size=size, epoch=epoch, device=device, checksums=checksums)
         self._timeout_ms = int(timeout_s * 1000)
         self._slot_bytes = slot_bytes
         self._room = HEADER_BYTES + -(-slot_bytes // _ROOM) * _ROOM
@@ -92,9 +88,6 @@ class SymmetricMemoryTransport:
         self._released: dict[tuple[int, int], Any] = {}
         """By (source, slot): the mark behind the last read of the inbox."""
 
-    def begin_step(self, step: int) -> None:
-        self._framing.begin_step(step)
-
     def slot(self, destination: int, n_bytes: int) -> Tensor:
         assert 0 < n_bytes <= self._slot_bytes, (
             f"a message of {n_bytes} bytes to rank {destination} does not fit a slot of {self._slot_bytes}")
@@ -107,8 +100,7 @@ class SymmetricMemoryTransport:
         if exchange.send_bytes:
             destination = exchange.destination
             sequence = self._sent[destination]
-            if self._checksums:
-                self._write_header(self._outbox(self.rank, destination, sequence, exchange.send_bytes), sequence)
+            self._seal(self._outbox(self.rank, destination, sequence, exchange.send_bytes), sequence)
             self._memory.put_signal(destination, READY + sequence % SLOTS, self._timeout_ms)
             self._sent[destination] = sequence + 1
         if exchange.receive_bytes:
@@ -119,11 +111,7 @@ class SymmetricMemoryTransport:
     def wait(self, exchange: Exchange) -> Tensor:
         mark, inbox = self._copied.pop((exchange.source, exchange.sequence))
         self._copies.await_mark(mark)
-        message = inbox[HEADER_BYTES:]
-        if self._checksums:
-            self._framing.verify(host_bytes(inbox[:HEADER_BYTES].cpu()), 0, exchange.source,
-                                 exchange.sequence & _U32, message)
-        return message
+        return self._opened(inbox, exchange.source, exchange.sequence)
 
     def release(self, exchange: Exchange) -> None:
         self._released[exchange.source, exchange.sequence % SLOTS] = self._copies.mark()
@@ -157,8 +145,3 @@ class SymmetricMemoryTransport:
         start = (destination * SLOTS + sequence % SLOTS) * self._room
         outbox: Tensor = self._memory.get_buffer(source, (HEADER_BYTES + n_bytes,), torch.uint8, start)
         return outbox
-
-    def _write_header(self, outbox: Tensor, sequence: int) -> None:
-        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        self._framing.write(host_bytes(header), 0, sequence & _U32, outbox[HEADER_BYTES:])
-        outbox[:HEADER_BYTES].copy_(header)

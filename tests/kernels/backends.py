@@ -23,8 +23,8 @@ class Backend:
     name: str
     layout: Callable[[torch.dtype, int], Layout]
     """Of queries of this dtype, in blocks of so many tokens."""
-    needs: tuple[str, ...] = ()
-    """Why it cannot run here, if there is anything."""
+    against: str = ""
+    """Why it cannot run here."""
     native: bool = False
     blocks: tuple[int, ...] = (1, 5, 16, 64)
     dims: tuple[int, ...] = (16, 32)
@@ -54,7 +54,7 @@ def _kernel(variant: Variant, extra: tuple[str, ...]) -> NativeKernel:
 def _native(variant: Variant, name: str, extra: tuple[str, ...] = ()) -> Backend:
     missing = variant.missing()
     return Backend(name, lambda dtype, block: NativeLayout(_kernel(variant, extra), block, dtype),
-                   (f"this CPU has no {', '.join(missing)}",) if missing else (), native=True, blocks=(16, 32, 64),
+                   f"this CPU has no {', '.join(missing)}" if missing else "", native=True, blocks=(16, 32, 64),
                    dims=(16, 32, 48), value_dims=(None, None, 64), scales_scores=True, bitwise=True)
 
 
@@ -67,12 +67,12 @@ def _paged(name: str, dense: DenseOperation | None) -> Backend:
     return Backend(name, layout, _without_interpreter(), blocks=(16, 32), scales_scores=True, slow=True, bitwise=True)
 
 
-def _without_interpreter() -> tuple[str, ...]:
+def _without_interpreter() -> str:
     if find_spec("triton") is None:
-        return ("triton is not installed: pip install 'ringserve[triton]'",)
+        return "triton is not installed: pip install 'ringserve[triton]'"
     from ringserve_kernels.triton.arguments import INTERPRETED
 
-    return () if INTERPRETED else ("Triton compiles in this process, and these tests are the CPU's",)
+    return "" if INTERPRETED else "Triton compiles in this process, and these tests are the CPU's"
 
 
 def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ _EMULATED = _native(Variant(_AMX.name, EMULATION_NEEDS, _AMX.options), "native-a
 
 def _parameter(backend: Backend) -> object:
     return pytest.param(backend, id=backend.name, marks=pytest.mark.skipif(
-        bool(backend.needs), reason=f"{backend.name}: {', '.join(backend.needs)}"))
+        bool(backend.against), reason=f"{backend.name}: {backend.against}"))
 
 
 NATIVE = [_parameter(backend) for backend in (*_NATIVE, _EMULATED)]

@@ -137,6 +137,20 @@ def test_a_spoilt_memory_is_forgotten(content: str, remembered: Path) -> None:
     assert race._remembered(remembered) == {}
 
 
+@pytest.mark.parametrize("times", [{"one": [1.0], "other": [1.0]}, {"one": [1.0, 1.0]}, {}])
+def test_a_race_that_is_remembered_in_part_is_run_again(times: dict[str, list[float]], remembered: Path) -> None:
+    run_race(one=TILES, other=TILES)
+    [key] = json.loads(remembered.read_text())
+    remembered.write_text(json.dumps({key: times}))
+    assert all(len(best) == 2 for best in run_race(one=TILES, other=TILES).values())
+
+
+@needs_variant
+def test_the_native_kernel_is_for_cpus() -> None:
+    chosen = choice.choose(SPEC, torch.bfloat16, torch.device("meta"), 64, "auto")
+    assert chosen.layout is TILES and "it is for CPUs, not meta" in chosen.words
+
+
 def test_the_names_of_kernels_are_those_of_the_command_line() -> None:
     assert get_args(choice.Wanted) == get_args(AttentionName)
 

@@ -2,27 +2,30 @@
 
 import torch
 
-from ringserve_kernels.choice import Against, Choice, Wanted, torch_path, verify
+from ringserve_kernels.choice import Against, Choice, Shapes, Wanted, torch_path, verify
 from ringserve_kernels.errors import KernelUnavailable
 from ringserve_kernels.gpu.dense import OPERATIONS, Capability
 from ringserve_kernels.race import race
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile_layout import TILES
 
+CHECKED: Shapes = ((37, 300), (130, 1500))
+"""Rows that fill no tile; a past that is long enough for a dense operation."""
 CHUNK = (2048, 32_768)
 """The race's shape: rows and keys of a chunk of a prompt. Few rows are Triton's in any case."""
 
 
 def choose_on_gpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, block: int, wanted: Wanted,
-                  capability: Capability | None = None, chunk: tuple[int, int] = CHUNK) -> Choice:
+                  quantized: bool = False, capability: Capability | None = None,
+                  chunk: tuple[int, int] = CHUNK) -> Choice:
     """`capability`: the device's own if it is not given. Raises KernelUnavailable when what is wanted cannot be had."""
+    if wanted == "native":
+        raise KernelUnavailable("the native attention kernel is for CPUs, not GPUs")
     capability = capability or torch.cuda.get_device_capability(device)
     try:
         from ringserve_kernels.gpu.layout import PagedLayout
     except ImportError:
-        return _without_triton(spec, dtype, device, wanted, "Triton is not installed (pip install 'ringserve[triton]')")
-    if wanted == "native":
-        raise KernelUnavailable("the native attention kernel is for CPUs, not GPUs")
+        return _by_torch(spec, dtype, device, wanted, "Triton is not installed (pip install 'ringserve[triton]')")
     against = Against()
     contenders: dict[str, PagedLayout] = {}
     for dense in (None, *OPERATIONS):
@@ -30,18 +33,18 @@ def choose_on_gpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device,
         if wanted not in ("auto", name):
             continue
         layout = PagedLayout(block, dense)
-        reason = (PagedLayout.refusal(spec, dtype, block, dense is not None)
+        reason = (PagedLayout.refusal(spec, dtype, block, dense is not None, quantized)
                   or (dense.missing(capability) if dense else None))
         try:
             if reason:
                 raise KernelUnavailable(reason)
-            verify(layout, spec, dtype, block, device)
+            verify(layout, spec, dtype, block, device, CHECKED)
         except KernelUnavailable as error:
             against.add(name, str(error))
             continue
         contenders[f"{name} {dense.version if dense else ''}"] = layout
     if not contenders:
-        return _without_triton(spec, dtype, device, wanted, str(against))
+        return _by_torch(spec, dtype, device, wanted, str(against))
     if wanted != "auto":
         return Choice(next(iter(contenders.values())), f"{wanted} (as asked for)")
     times = race(contenders, spec, dtype, block, device, (chunk,))
@@ -51,7 +54,7 @@ def choose_on_gpu(spec: AttentionSpec, dtype: torch.dtype, device: torch.device,
     return Choice(contenders[best], f"{contenders[best].name} ({'; '.join([*slower, str(against)]).strip('; ')})")
 
 
-def _without_triton(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, wanted: Wanted, why: str) -> Choice:
+def _by_torch(spec: AttentionSpec, dtype: torch.dtype, device: torch.device, wanted: Wanted, why: str) -> Choice:
     if wanted != "auto":
         raise KernelUnavailable(f"attention by {wanted} cannot be used: {why}")
     return Choice(TILES, f"{torch_path(spec, dtype, device)} (Triton's kernels not used: {why})")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringserve_kernels.attention_plan import DENSE_KEYS, AttentionPlan, DenseTile
 from ringserve_kernels.gpu.dense import TORCH_FLASH, DenseOperation
+from ringserve_kernels.merge import State
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.tile_layout import TileLayout
 from ringserve_kernels.triton import Quantized, page_table, triton_attend, triton_merge
@@ -22,7 +23,6 @@ from ringserve_kernels.triton.table import BLOCK_SIZES, TILE_ROWS, WIDE_DIM
 if TYPE_CHECKING:
     from ringserve_kernels.key_values import KeyValues
 
-State = tuple[Tensor, Tensor]
 
 DENSE_ROWS = 64
 """Packed rows from which on a dense operation is worth its call: fewer are a decode step's."""
@@ -42,7 +42,7 @@ class PagedLayout(TileLayout):
         return "triton" if self.dense is None else f"{self.dense.name} and triton"
 
     @staticmethod
-    def refusal(spec: AttentionSpec, dtype: torch.dtype, block: int, dense: bool) -> str | None:
+    def refusal(spec: AttentionSpec, dtype: torch.dtype, block: int, dense: bool, quantized: bool) -> str | None:
         """What of this it cannot take, or `dense` operations cannot."""
         group, wide = spec.num_heads // spec.num_kv_heads, max(spec.key_dim, spec.value_dim)
         if dtype not in QUERY_DTYPES:
@@ -55,6 +55,8 @@ class PagedLayout(TileLayout):
             return f"up to {most} query heads on a kv head, not {group}"
         if dense and (spec.softcap is not None or spec.key_dim != spec.value_dim or spec.key_dim % 8):
             return "no soft caps, and keys and values of one width, a multiple of 8"
+        if dense and quantized:
+            return "no quantized keys"
         if dense and dtype not in HALF:
             return f"16-bit numbers, not {str(dtype).removeprefix('torch.')}"
         return None

@@ -492,7 +492,7 @@ void attend(const RingserveAttention& call) {
                 }
                 continue;
             }
-            const int64_t times = (count + most - 1) / most, step = (count + times - 1) / times;  // tasks of one size
+            const int64_t shares = (count + most - 1) / most, step = (count + shares - 1) / shares;  // of one size
             for (int64_t row = (count - 1) / step * step; row >= 0; row -= step) {  // the longest first
                 int64_t from, to;
                 const int64_t row_to = std::min(count, row + step);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ringserve_kernels.attention_plan import AttentionPlan
 from ringserve_kernels.errors import DeviceError, DtypeError, ShapeError, StrideError
+from ringserve_kernels.merge import State
 from ringserve_kernels.native.library import NativeKernel
 from ringserve_kernels.spec import AttentionSpec
 
@@ -68,7 +69,7 @@ class NativeLayout:
             raise StrideError(name, f"strided by {x_KPD.stride()}", "the tokens of a head adjacent")
 
     def attend(self, q_THD: Tensor, keys: "KeyValues", plan: AttentionPlan, spec: AttentionSpec,
-               state: tuple[Tensor, Tensor]) -> None:
+               state: State) -> None:
         if q_THD.dtype != self.dtype:
             raise DtypeError("q_THD", q_THD.dtype, f"{self.dtype}, for which the keys were laid out")
         self.kernel.attend(q_THD, keys.k_KPD, keys.v_KPD, keys.scales_KP, self.block, plan.table(self.block), spec,

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ringserve_kernels.errors import DtypeError, ShapeError
-from ringserve_kernels.merge import new_state
+from ringserve_kernels.merge import State, new_state
 from ringserve_kernels.spec import AttentionSpec
 from ringserve_kernels.triton.arguments import INTERPRETED, check_device, check_rows_contiguous, check_tensor
 from ringserve_kernels.triton.launch import Launch
@@ -34,7 +34,6 @@ keep their bits. Taken back, exactly, when a tile is done."""
 REDUCED_PARTIALS = 16
 """Partials that the reduction loads at a time."""
 
-State = tuple[Tensor, Tensor]
 Storage = Tensor | Quantized
 
 

@@ -46,8 +46,9 @@ def operations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(race, "cache_directory", lambda: tmp_path)
 
 
-def choose(wanted: Wanted = "auto", dtype: torch.dtype = torch.float16, block: int = 64) -> choice.Choice:
-    return choice.choose_on_gpu(SPEC, dtype, CPU, block, wanted, SM_90)
+def choose(wanted: Wanted = "auto", dtype: torch.dtype = torch.float16, block: int = 64,
+           quantized: bool = False) -> choice.Choice:
+    return choice.choose_on_gpu(SPEC, dtype, CPU, block, wanted, quantized, SM_90)
 
 
 @pytest.fixture
@@ -101,10 +102,19 @@ def test_dense_operations_get_16_bit_numbers_only(times: dict[str, float]) -> No
     assert chosen.layout.name == "triton" and "16-bit numbers, not float32" in chosen.words
 
 
+def test_what_quantized_keys_leave_no_use_for_is_refused(times: dict[str, float]) -> None:
+    assert choose(quantized=True).layout.name == "triton"
+    with pytest.raises(KernelUnavailable, match="no quantized keys"):
+        choose("cudnn", quantized=True)
+
+
 def test_a_race_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "ROUNDS", 1)
-    monkeypatch.setattr("ringserve_kernels.choice.CHECKED", ((40, 560),))
-    chosen = choice.choose_on_gpu(SPEC, torch.float16, CPU, 64, "auto", SM_90, chunk=(40, 560))
-    assert "times as fast as" in chosen.words
+    monkeypatch.setattr(choice, "CHECKED", ((40, 560),))
+    def raced() -> str:
+        return choice.choose_on_gpu(SPEC, torch.float16, CPU, 64, "auto", capability=SM_90, chunk=(40, 560)).words
+
+    words = raced()
+    assert "times as fast as" in words
     monkeypatch.setattr(race, "_seconds", None)
-    assert choice.choose_on_gpu(SPEC, torch.float16, CPU, 64, "auto", SM_90, chunk=(40, 560)).words == chosen.words
+    assert raced() == words

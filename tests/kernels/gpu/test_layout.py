@@ -1,11 +1,9 @@
 """How a plan is dealt to a dense operation and to Triton: long runs before all rows to the one, the rest to the other,
 each key to one of them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from ringserve_kernels import TILES, plan_attention
+from ringserve_kernels import TILES, AttentionSpec, plan_attention
 from ringserve_kernels.gpu import layout
 from ringserve_kernels.gpu.dense import DenseOperation
 from ringserve_kernels.gpu.layout import PagedLayout
@@ -78,7 +76,13 @@ def test_an_operation_that_plans_for_each_shape_sees_few(monkeypatch: pytest.Mon
     (make_spec(dim=32, softcap=5.0), torch.float16, 64, True, "no soft caps"),
     (make_spec(dim=32, value_dim=16), torch.float16, 64, True, "of one width"),
     (make_spec(dim=32), torch.float32, 64, True, "16-bit numbers")])
-def test_refusals(spec: object, dtype: torch.dtype, block: int, dense: bool, reason: str) -> None:
-    refusal = PagedLayout.refusal(spec, dtype, block, dense)  # type: ignore[arg-type]
+def test_refusals(spec: AttentionSpec, dtype: torch.dtype, block: int, dense: bool, reason: str) -> None:
+    refusal = PagedLayout.refusal(spec, dtype, block, dense, quantized=False)
     assert refusal is not None and reason in refusal
-    assert PagedLayout.refusal(replace(make_spec(dim=64)), torch.float16, 64, True) is None
+
+
+def test_quantized_keys_are_tritons_alone() -> None:
+    spec = make_spec(dim=64)
+    for dense, quantized in ((True, False), (False, False), (False, True)):
+        assert PagedLayout.refusal(spec, torch.float16, 64, dense, quantized) is None
+    assert PagedLayout.refusal(spec, torch.float16, 64, True, True) == "no quantized keys"

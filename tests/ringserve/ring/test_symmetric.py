@@ -91,7 +91,7 @@ class ThreadStream:
         def late() -> None:
             if after is not None:
                 self.await_mark(after)
-            time.sleep(random.random() * 2e-4)
+            time.sleep(random.random() * 2e-4)  # a copy takes a while: who does not wait for it sees old bytes
             work()
             done.set()
 
@@ -149,7 +149,7 @@ def exchange(group: RingGroup, shifts: list[int], sizes: list[list[int]], seed: 
         if (j := k - ahead) >= 0:
             source = (group.rank - shifts[j]) % group.size
             message = group.wait(tickets[j])
-            time.sleep(pause())
+            time.sleep(pause())  # a slow reader, whom a sender must not overtake
             wrong += differences(message, sizes[j][source], seed, j, source)
             group.release(tickets[j])
     return wrong
@@ -181,10 +181,22 @@ def test_a_slow_reader_never_sees_its_inbox_overwritten(host: Host) -> None:
     assert run_ranks(2, rank_step) == [0, 0]
 
 
+class Mark(threading.Event):
+    """Not reached until it is set; knows that somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.awaited = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.awaited.set()
+        return super().wait(timeout)
+
+
 def test_an_inbox_is_not_written_while_it_may_be_read(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host has gone on; the device reaches the mark behind its last read later."""
     sender, receiver = run_ranks(2, lambda rank: RingGroup(make_transport(rank, 2)))
-    reached = threading.Event()
+    reached = Mark()
     monkeypatch.setattr(ThreadStream, "mark", lambda stream: reached)
     for group in (sender, receiver):
         group.begin_step(0, epoch=0)
@@ -196,7 +208,7 @@ def test_an_inbox_is_not_written_while_it_may_be_read(host: Host, monkeypatch: p
         receiver.release(ticket)
     sender.release(sender.post(1, 100, lambda buffer: buffer.fill_(2), 0))
     ticket = receiver.post(1, 0, lambda _: None, 100)
-    time.sleep(0.1)
+    assert reached.awaited.wait(TIMEOUT_S)
     assert (messages[0] == 0).all()
     reached.set()
     assert (receiver.wait(ticket) == 2).all()
