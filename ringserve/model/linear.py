@@ -1,7 +1,7 @@
 """Linear layers on CPUs: weights laid out once, at load, as oneDNN's product reads them, instead of at each call.
 Layers that are given the same tensor (queries, keys and values; gate and up) are one product.
 
-The same product and the same bits; for the few rows of a decode step it takes less than half the time
+The same product and the same bits; for the few rows of a decode step it takes about half the time
 (docs/performance.md). It costs memory: weights as they are in the checkpoint are pages that all ranks of a host share,
 packed ones are each rank's own.
 """
@@ -110,9 +110,11 @@ def _groups(found: dict[nn.Linear, tuple[nn.Module, str]], run: Callable[[], obj
     """All of them, those of one parent that were given the same tensor together."""
     given: list[tuple[nn.Linear, Tensor]] = []
     hooks = [linear.register_forward_pre_hook(lambda module, args: given.append((module, args[0]))) for linear in found]
-    run()
-    for hook in hooks:
-        hook.remove()
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
     groups: dict[tuple[object, ...], list[nn.Linear]] = {}
     seen: set[nn.Linear] = set()
     for linear, x in given:  # `given` keeps the tensors, so no other has the id of one of them

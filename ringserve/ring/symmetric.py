@@ -15,6 +15,7 @@ rank that died.
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -56,14 +57,17 @@ class CopyStream:
         torch.cuda.current_stream().wait_event(mark)
 
 
-def open_symmetric(directory: str, *, rank: int, size: int, epoch: int, device: torch.device, n_bytes: int) -> Any:
+def open_symmetric(directory: str, *, rank: int, size: int, epoch: int, device: torch.device, n_bytes: int,
+                   timeout_s: float) -> Any:
     """`n_bytes` of symmetric memory on every rank: a handle with `get_buffer`, `put_signal` and `wait_signal`.
     Collective; the ranks meet in a file."""
     from torch._C._distributed_c10d import _SymmetricMemory
     from torch.distributed import _symmetric_memory as symmetric
 
     name = f"ringserve-epoch-{epoch}"
-    _SymmetricMemory.set_group_info(name, rank, size, FileStore(os.path.join(directory, f"symm-epoch-{epoch}"), size))
+    store = FileStore(os.path.join(directory, f"symm-epoch-{epoch}"), size)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    _SymmetricMemory.set_group_info(name, rank, size, store)
     return _SymmetricMemory.rendezvous(symmetric.empty(n_bytes, dtype=torch.uint8, device=device), name)
 
 
@@ -76,9 +80,9 @@ class SymmetricMemoryTransport(DeviceTransport):
         super().__init__(rank=rank, size=size, epoch=epoch, device=device, checksums=checksums)
         self._timeout_ms = int(timeout_s * 1000)
         self._slot_bytes = slot_bytes
-        self._room = HEADER_BYTES + -(-slot_bytes // _ROOM) * _ROOM
+        self._room = -(-(HEADER_BYTES + slot_bytes) // _ROOM) * _ROOM
         self._memory = open_symmetric(directory, rank=rank, size=size, epoch=epoch, device=device,
-                                      n_bytes=size * SLOTS * self._room)
+                                      n_bytes=size * SLOTS * self._room, timeout_s=timeout_s)
         self._copies = CopyStream(device)
         self._incoming = StagingBuffers(device)
         self._sent = [0] * size

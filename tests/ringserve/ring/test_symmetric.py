@@ -57,7 +57,8 @@ class Host:
         self.buffers: dict[int, Tensor] = {}
         self.pads: dict[int, Pads] = defaultdict(Pads)
 
-    def open(self, directory: str, *, rank: int, size: int, epoch: int, device: torch.device, n_bytes: int) -> "Handle":
+    def open(self, directory: str, *, rank: int, size: int, epoch: int, device: torch.device, n_bytes: int,
+             timeout_s: float) -> "Handle":
         self.buffers[rank] = torch.full((n_bytes,), 0xEE, dtype=torch.uint8)
         return Handle(self, rank, epoch)
 
